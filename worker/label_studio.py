@@ -1,0 +1,275 @@
+"""The only file that talks to Label Studio. Utility and rank become Label Studio's `score` here, and nowhere else.
+
+The SDK's client brings the credentials (a personal access token is a refresh token; it renews the five-minute one).
+The requests are plain JSON: the bulk import, the webhook and the tab are not typed in the SDK.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import httpx
+from label_studio_sdk.client import LabelStudio as SdkClient
+
+from worker.errors import (
+    CredentialsMissing,
+    LabelStudioRefused,
+    LabelStudioUnavailable,
+    NotFound,
+    PublishIncomplete,
+)
+
+WEBHOOK_ACTIONS = (
+    "ANNOTATION_CREATED",
+    "ANNOTATION_UPDATED",
+    "ANNOTATIONS_CREATED",
+    "ANNOTATIONS_DELETED",
+    "TASKS_CREATED",
+    "TASKS_DELETED",
+)
+SAMPLING = "Uncertainty sampling"
+VIEW_TITLE = "hardfirst: next batch"
+PENDING_VERSION = "hardfirst-pending"
+PAGE = 1000
+IMPORT_CHUNK = 10_000  # each import request recounts all its tasks: few and large; bounded by its 250 MB limit
+QUICK, SLOW = 10.0, 900.0  # seconds; Label Studio deletes and imports synchronously, minutes for a large pool
+
+
+def published_score(rank: int | None, utility: float, batch_size: int) -> float:
+    """Label Studio's score, served lowest first: a position, so that nothing overtakes the batch.
+
+    Args:
+        rank: position in the batch from 0, None outside of it.
+        utility: 0..1, high = label sooner; orders what is not in the batch.
+        batch_size: K, the tasks in the batch.
+
+    Returns:
+        rank / (2 K), below 0.5, for the batch; 0.5 + 0.5 (1 - utility) for every other task.
+    """
+    if rank is not None:
+        return rank / (2 * max(batch_size, 1))
+    return 0.5 + 0.5 * (1.0 - min(max(utility, 0.0), 1.0))
+
+
+def model_version(round_number: int) -> str:
+    """Zero-padded: the Data Manager's filter looks for substrings, so that no version may be part of another."""
+    return f"al-{round_number:06d}"
+
+
+def is_our_version(version: str) -> bool:
+    return version == PENDING_VERSION or re.fullmatch(r"al-\d{6,}", version) is not None
+
+
+class LabelStudio:
+    """What a project needs from Label Studio's API.
+
+    Every method raises CredentialsMissing without a token, LabelStudioUnavailable when Label Studio does not answer
+    (connection, timeout, 5xx) and LabelStudioRefused when it answers 4xx, NotFound for 404.
+    """
+
+    def __init__(self, url: str, api_key: str) -> None:
+        self.url = url.rstrip("/")
+        self._api_key = api_key
+        self._sdk: Any = None
+        self._lock = threading.Lock()
+        self._http = httpx.Client(base_url=self.url, timeout=httpx.Timeout(QUICK, connect=5.0))
+
+    def close(self) -> None:
+        self._http.close()
+
+    def auth_headers(self) -> dict[str, str]:
+        """The Authorization header, of a token that is valid now."""
+        if not self._api_key:
+            raise CredentialsMissing
+        try:
+            with self._lock:  # the SDK's client refreshes in place
+                if self._sdk is None:
+                    self._sdk = SdkClient(base_url=self.url, api_key=self._api_key)
+                headers = self._sdk._client_wrapper.get_headers()
+        except httpx.HTTPError as error:
+            raise LabelStudioUnavailable(f"Label Studio at {self.url} does not answer: {error}") from error
+        except Exception as error:  # noqa: BLE001 - the SDK raises its own ApiError tree, different in each release
+            raise LabelStudioRefused(
+                f"Label Studio at {self.url} did not accept LABEL_STUDIO_API_KEY ({type(error).__name__}). "
+                "Take a new one: Account & Settings -> Access Token"
+            ) from error
+        return {"Authorization": headers["Authorization"]}
+
+    def _request(self, method: str, path: str, *, timeout: float = QUICK, **kwargs: Any) -> Any:
+        headers = self.auth_headers()
+        try:
+            response = self._http.request(method, path, headers=headers, timeout=httpx.Timeout(timeout, connect=5.0), **kwargs)
+        except httpx.HTTPError as error:
+            raise LabelStudioUnavailable(
+                f"Label Studio at {self.url} does not answer ({method} {path}): {type(error).__name__}"
+            ) from error
+        return _checked(response, method, path)
+
+    def project(self, project_id: int) -> dict[str, Any]:
+        return dict(self._request("GET", f"/api/projects/{project_id}/"))
+
+    def publish_version(self, project_id: int, version: str) -> None:
+        """Make `version` the one whose scores order the label stream and whose boxes are drawn."""
+        body = {"model_version": version, "show_collab_predictions": True, "sampling": SAMPLING}
+        self._request("PATCH", f"/api/projects/{project_id}/", json=body)
+
+    def tasks(self, project_id: int, *, labelled_only: bool = False) -> Iterator[list[dict[str, Any]]]:
+        """Pages of tasks: id and data; with `labelled_only`, tasks that have annotations, with these."""
+        params: dict[str, Any] = {"project": project_id, "page_size": PAGE}
+        if labelled_only:
+            params |= {"fields": "all", "query": json.dumps({"filters": _HAS_ANNOTATIONS})}
+        else:
+            params["include"] = "id,data"
+        page = 1
+        while True:
+            try:
+                body = self._request("GET", "/api/tasks", params={**params, "page": page}, timeout=SLOW)
+            except NotFound:  # the page after the last one, when the count is a multiple of the page size
+                return
+            found = body["tasks"] if isinstance(body, dict) else body
+            if not found:
+                return
+            yield found
+            if len(found) < PAGE:
+                return
+            page += 1
+
+    def export(self, project_id: int) -> list[dict[str, Any]]:
+        """All annotated tasks as Label Studio's JSON export gives them, skips included."""
+        params = {"exportType": "JSON", "download_all_tasks": "false"}
+        return list(self._request("GET", f"/api/projects/{project_id}/export", params=params, timeout=SLOW))
+
+    def versions(self, project_id: int) -> dict[str, int]:
+        """Predictions per model version."""
+        found = self._request("GET", f"/api/projects/{project_id}/model-versions/")
+        return {str(name): int(count) for name, count in dict(found).items()}
+
+    def delete_version(self, project_id: int, version: str) -> None:
+        """Synchronous in Label Studio: 2,000 predictions take 8 s."""
+        path = f"/api/projects/{project_id}/model-versions/"
+        self._request("DELETE", path, json={"model_version": version}, timeout=SLOW)
+
+    def import_predictions(self, project_id: int, predictions: Sequence[Mapping[str, Any]]) -> None:
+        """All predictions of a version, in as few requests as possible.
+
+        Raises:
+            PublishIncomplete: Label Studio answered 201 and kept fewer than it was sent.
+        """
+        for start in range(0, len(predictions), IMPORT_CHUNK):
+            chunk = list(predictions[start : start + IMPORT_CHUNK])
+            answer = self._request("POST", f"/api/projects/{project_id}/import/predictions", json=chunk, timeout=SLOW)
+            created = answer.get("created") if isinstance(answer, dict) else None
+            if created != len(chunk):
+                raise PublishIncomplete(
+                    f"Label Studio kept {created} of {len(chunk)} predictions of {chunk[0]['model_version']}; "
+                    "the version published before stays. Was the label config changed in this minute?"
+                )
+
+    def own_webhook(self, project_id: int, webhook_url: str, headers: Mapping[str, str]) -> int:
+        """Give the webhook that Label Studio registered for us its header and its actions; its id.
+
+        Creates one only where there is none (Label Studio then adds no second one: same URL).
+        """
+        body = {
+            "url": webhook_url,
+            "send_payload": True,
+            "send_for_all_actions": False,
+            "is_active": True,
+            "actions": list(WEBHOOK_ACTIONS),
+            "headers": dict(headers),
+        }
+        ours = self.find_webhook(project_id, webhook_url)
+        if ours is None:
+            created = self._request("POST", "/api/webhooks/", json={**body, "project": project_id})
+            return int(created["id"])
+        self._request("PATCH", f"/api/webhooks/{ours['id']}/", json={**body, "url": ours["url"]})
+        return int(ours["id"])
+
+    def find_webhook(self, project_id: int, webhook_url: str) -> dict[str, Any] | None:
+        found = self._request("GET", "/api/webhooks/", params={"project": project_id})
+        wanted = _address(webhook_url)
+        return next((dict(hook) for hook in found if _address(hook.get("url", "")) == wanted), None)
+
+    def show_batch_tab(self, project_id: int, version: str, view_id: int | None) -> int:
+        """The Data Manager's tab with the batch in its order; its id."""
+        body = {"project": project_id, "data": _view(version)}
+        if view_id is not None:
+            try:
+                self._request("PATCH", f"/api/dm/views/{view_id}/", json=body)
+                return view_id
+            except NotFound:
+                pass  # somebody closed the tab: make it again
+        return int(self._request("POST", "/api/dm/views/", json=body)["id"])
+
+
+_HAS_ANNOTATIONS = {
+    "conjunction": "or",
+    "items": [
+        {"filter": f"filter:tasks:{column}", "operator": "greater", "type": "Number", "value": 0}
+        for column in ("total_annotations", "cancelled_annotations")
+    ],
+}
+
+
+def _view(version: str) -> dict[str, Any]:
+    return {
+        "title": VIEW_TITLE,
+        "type": "list",
+        "target": "tasks",
+        "ordering": ["tasks:predictions_score"],
+        "filters": {
+            "conjunction": "and",
+            "items": [
+                {
+                    "filter": "filter:tasks:predictions_model_versions",
+                    "operator": "contains",
+                    "type": "List",
+                    "value": [version],  # a plain string would match every task
+                },
+                {
+                    "filter": "filter:tasks:predictions_score",
+                    "operator": "less",
+                    "type": "Number",
+                    "value": 0.5,  # the batch lies below: see published_score
+                },
+                {"filter": "filter:tasks:total_annotations", "operator": "equal", "type": "Number", "value": 0},
+            ],
+        },
+    }
+
+
+def _address(url: str) -> tuple[str, int | None, str]:
+    """Host, port and path: what makes two webhook URLs the same one."""
+    try:
+        parsed = httpx.URL(url)
+    except (httpx.InvalidURL, TypeError):
+        return ("", None, str(url))
+    port = parsed.port or {"http": 80, "https": 443}.get(parsed.scheme)
+    return (parsed.host.lower(), port, parsed.path.rstrip("/"))
+
+
+def _checked(response: httpx.Response, method: str, path: str) -> Any:
+    where = f"{method} {path}"
+    if response.status_code in (401, 403):
+        raise LabelStudioRefused(
+            f"Label Studio answered {response.status_code} to {where}: LABEL_STUDIO_API_KEY is not valid, or its user "
+            "may not change this project. Take a token: Account & Settings -> Access Token"
+        )
+    if response.status_code == 404:
+        raise NotFound(f"Label Studio has no {path} (404)")
+    if response.status_code >= 500 or response.status_code == 429:
+        raise LabelStudioUnavailable(f"Label Studio answered {response.status_code} to {where}")
+    if response.status_code >= 400:
+        raise LabelStudioRefused(f"Label Studio answered {response.status_code} to {where}: {response.text[:300]}")
+    if response.status_code == 204 or not response.content:
+        return None
+    try:
+        return response.json()
+    except ValueError as error:
+        raise LabelStudioUnavailable(
+            f"{where} did not answer JSON: is LABEL_STUDIO_URL ({response.request.url.host}) Label Studio?"
+        ) from error

@@ -1,0 +1,294 @@
+"""Rules of the loop: what /setup and webhooks change, when a round opens, how it closes. No job runs here."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from sqlalchemy import Connection, Row, delete, func, insert, select, update
+
+from worker import steps
+from worker.errors import Conflict, NotFound
+from worker.label_studio import PENDING_VERSION
+from worker.settings import ProjectSettings, parse_project_settings
+from worker.store import (
+    OPEN_STATES,
+    annotations,
+    count_new_labels,
+    get_project,
+    get_round,
+    insert_or_ignore,
+    labelled_task_ids,
+    latest_round,
+    open_round_of,
+    projects,
+    record_event,
+    rounds,
+    tasks,
+    upsert,
+)
+from worker.store import steps as step_rows
+
+ATTACH_DELAY = 2.0  # seconds: Label Studio registers its webhook to us after our answer to /setup
+
+
+def connect_project(
+    connection: Connection, project_id: int, label_config: str, settings: ProjectSettings, backend_url: str
+) -> bool:
+    """What /setup does: remember the project, and open round 0 when there is none. True: it was opened now.
+
+    Label Studio calls /setup whenever somebody looks at its Model page; only what changed is written.
+    """
+    values = {
+        "label_config": label_config,
+        "extra_params": settings.model_dump_json(exclude_unset=True),
+        "backend_url": backend_url,
+    }
+    row = connection.execute(select(projects).where(projects.c.id == project_id)).first()
+    if row is None:
+        new = {"id": project_id, "title": "", "connected_at": time.time(), **values}
+        if insert_or_ignore(connection, projects, [new]):
+            record_event(connection, project_id, "connected", detail="Label Studio connected this backend")
+    elif any(getattr(row, name) != value for name, value in values.items()):
+        connection.execute(update(projects).where(projects.c.id == project_id).values(**values))
+        record_event(connection, project_id, "settings", detail=values["extra_params"])
+    return _open_first_round(connection, project_id)
+
+
+def _open_first_round(connection: Connection, project_id: int) -> bool:
+    last = latest_round(connection, project_id)
+    if last is not None and not (last.number == 0 and last.state in ("failed", "cancelled")):
+        return False
+    if last is not None:  # it failed for a reason that somebody may have mended by now
+        connection.execute(delete(rounds).where(rounds.c.id == last.id))
+    round_id = _insert_round(connection, project_id, 0, "the backend was connected")
+    steps.add(connection, round_id, "attach", delay=ATTACH_DELAY)
+    return True
+
+
+def _insert_round(connection: Connection, project_id: int, number: int, why: str) -> int:
+    project = get_project(connection, project_id)
+    row = {
+        "project_id": project_id,
+        "number": number,
+        "state": "waiting",
+        "why": why,
+        "opened_at": time.time(),
+        "settings": project.extra_params,
+    }
+    connection.execute(update(projects).where(projects.c.id == project_id).values(problem=None))
+    return int(connection.execute(insert(rounds).values(**row).returning(rounds.c.id)).scalar_one())
+
+
+def served_version(project: Row[Any]) -> str:
+    """The version that /setup and /predict name: what is published, or the one of answers that are not ready."""
+    return str(project.published_version or PENDING_VERSION)
+
+
+def open_round(connection: Connection, project_id: int, why: str) -> int:
+    """Open the next round, whatever the trigger says; its id. Its dataset will hold what is labelled by then.
+
+    Raises:
+        NotFound: the project is not connected.
+        Conflict: a round is open already, or the first batch is not published yet.
+    """
+    get_project(connection, project_id)
+    running = open_round_of(connection, project_id)
+    if running is not None:
+        raise Conflict(f"round {running.number} of project {project_id} is {running.state}; wait for it, or cancel it")
+    last = latest_round(connection, project_id)
+    if last is None or (last.number == 0 and last.state != "done"):
+        if _open_first_round(connection, project_id):
+            opened = open_round_of(connection, project_id)
+            assert opened is not None  # just inserted, in this transaction
+            return int(opened.id)
+        raise Conflict(f"project {project_id} has no published batch yet")
+    round_id = _insert_round(connection, project_id, last.number + 1, why)
+    mark_seen(connection, project_id, round_id)
+    steps.add(connection, round_id, "train")
+    record_event(connection, project_id, "round opened", key=f"round-{round_id}", detail=why)
+    return round_id
+
+
+def mark_seen(connection: Connection, project_id: int, round_id: int) -> None:
+    """The labels there are now belong to this round: they do not open another one, even when it fails."""
+    connection.execute(
+        update(tasks)
+        .where(tasks.c.project_id == project_id, tasks.c.seen_round_id.is_(None))
+        .where(tasks.c.task_id.in_(labelled_task_ids(project_id)))
+        .values(seen_round_id=round_id)
+    )
+
+
+def labels_needed(settings: ProjectSettings, last: Row[Any]) -> int:
+    """New labels that open the round after `last`: as set, or as many as its batch asked for."""
+    return int(settings.labels_per_round or last.batch_size or settings.batch_size)
+
+
+def trigger(connection: Connection, project_id: int) -> str | None:
+    """Why a round should open now, in words; None: it should not."""
+    project = get_project(connection, project_id)
+    last = latest_round(connection, project_id)
+    if last is None or last.state in OPEN_STATES or (last.number == 0 and last.state != "done"):
+        return None
+    settings = parse_project_settings(project.extra_params)
+    if project.stop_accepted_at is not None or last.number >= settings.max_rounds:
+        return None
+    new = count_new_labels(connection, project_id, holdout_too=last.number == 0)
+    needed = labels_needed(settings, last)
+    if new >= needed:
+        return f"{new} new labels (a round opens at {needed})"
+    if new and not unlabelled_count(connection, project_id):
+        return f"{new} new labels, and the pool is empty"
+    return None
+
+
+def unlabelled_count(connection: Connection, project_id: int) -> int:
+    query = (
+        select(func.count())
+        .select_from(tasks)
+        .where(tasks.c.project_id == project_id, tasks.c.deleted.is_(False), tasks.c.image_problem.is_(None))
+        .where(tasks.c.task_id.not_in(labelled_task_ids(project_id)))
+    )
+    return int(connection.execute(query).scalar_one())
+
+
+def open_round_if_triggered(connection: Connection, project_id: int) -> int | None:
+    """In the transaction that changed what the trigger looks at."""
+    why = trigger(connection, project_id)
+    return None if why is None else open_round(connection, project_id, why)
+
+
+def close_round(connection: Connection, round_id: int, state: str, error: str | None = None) -> None:
+    """done, failed or cancelled. A failed round's sentence stands on the page until the next one opens."""
+    row = get_round(connection, round_id)
+    if row.state not in OPEN_STATES:
+        return
+    connection.execute(
+        update(rounds).where(rounds.c.id == round_id).values(state=state, error=error, closed_at=time.time())
+    )
+    if state != "done":
+        steps.drop_open(connection, round_id)
+    if state == "failed":
+        connection.execute(update(projects).where(projects.c.id == row.project_id).values(problem=error))
+    detail = f"round {row.number} {state}" + (f": {error}" if error else "")
+    record_event(connection, row.project_id, f"round {state}", key=f"round-{round_id}-{state}", detail=detail)
+
+
+def close_dead_rounds(connection: Connection) -> None:
+    """An open round with a failed step is a failed round."""
+    query = select(step_rows.c.round_id, step_rows.c.error).join(rounds, rounds.c.id == step_rows.c.round_id)
+    for row in connection.execute(
+        query.where(step_rows.c.state == "failed", step_rows.c.kind != "purge", rounds.c.state.in_(OPEN_STATES))
+    ).all():
+        close_round(connection, row.round_id, "failed", row.error)
+
+
+def cancel_round(connection: Connection, project_id: int) -> int:
+    """
+    Raises:
+        Conflict: no round is open.
+    """
+    row = open_round_of(connection, project_id)
+    if row is None:
+        raise Conflict(f"project {project_id} has no open round")
+    close_round(connection, row.id, "cancelled", "an admin cancelled it")
+    return int(row.number)
+
+
+def accept_stop(connection: Connection, project_id: int, accepted: bool) -> None:
+    """No round opens by itself from now on; or again, when `accepted` is False."""
+    get_project(connection, project_id)
+    at = time.time() if accepted else None
+    connection.execute(update(projects).where(projects.c.id == project_id).values(stop_accepted_at=at))
+    record_event(connection, project_id, "stop accepted" if accepted else "stop withdrawn")
+
+
+def remember_annotations(connection: Connection, project_id: int, found: Iterable[Mapping[str, Any]]) -> None:
+    """Annotations as webhooks and exports give them. An older copy never replaces a newer one."""
+    rows = {}
+    for item in found:
+        row = _annotation_row(project_id, item)
+        rows[row["annotation_id"]] = row
+    known = dict(
+        connection.execute(
+            select(annotations.c.annotation_id, annotations.c.updated_at).where(
+                annotations.c.project_id == project_id, annotations.c.annotation_id.in_(list(rows))
+            )
+        ).tuples()
+        if len(rows) < 500
+        else connection.execute(
+            select(annotations.c.annotation_id, annotations.c.updated_at).where(annotations.c.project_id == project_id)
+        ).tuples()
+    )
+    fresh = [row for key, row in rows.items() if row["updated_at"] >= known.get(key, "")]
+    upsert(connection, annotations, fresh)
+
+
+def _annotation_row(project_id: int, item: Mapping[str, Any]) -> dict[str, Any]:
+    result = item.get("result")
+    lead_time = item.get("lead_time")
+    regions = result if isinstance(result, list) else []
+    return {
+        "project_id": project_id,
+        "annotation_id": int(item["id"]),
+        "task_id": int(item["task"]),
+        "updated_at": str(item.get("updated_at") or "")[:40],
+        "cancelled": bool(item.get("was_cancelled")),
+        "lead_time": float(lead_time) if isinstance(lead_time, int | float) else None,
+        "n_boxes": sum(1 for region in regions if isinstance(region, dict) and "rectanglelabels" in str(region.get("type"))),
+    }
+
+
+def forget_annotations(connection: Connection, project_id: int, annotation_ids: Iterable[int]) -> None:
+    ids = list(annotation_ids)
+    for start in range(0, len(ids), 500):
+        chunk = annotations.c.annotation_id.in_(ids[start : start + 500])
+        connection.execute(delete(annotations).where(annotations.c.project_id == project_id, chunk))
+
+
+def remember_tasks(connection: Connection, project_id: int, images: Mapping[int, str]) -> None:
+    """New tasks join the pool; known ones keep their split and get their image's present address."""
+    known = dict(
+        connection.execute(select(tasks.c.task_id, tasks.c.image).where(tasks.c.project_id == project_id)).tuples()
+    )
+    new = [
+        {"project_id": project_id, "task_id": task_id, "image": image, "deleted": False}
+        for task_id, image in images.items()
+        if task_id not in known
+    ]
+    insert_or_ignore(connection, tasks, new)
+    for task_id, image in images.items():
+        if task_id in known and known[task_id] != image:
+            row = (tasks.c.project_id == project_id, tasks.c.task_id == task_id)
+            connection.execute(update(tasks).where(*row).values(image=image, deleted=False, image_problem=None))
+
+
+def forget_missing_tasks(connection: Connection, project_id: int, present: set[int]) -> None:
+    """Tasks that Label Studio no longer has are not asked for again; their history stays."""
+    known = connection.execute(select(tasks.c.task_id).where(tasks.c.project_id == project_id)).scalars().all()
+    mark_deleted(connection, project_id, [task_id for task_id in known if task_id not in present])
+
+
+def mark_deleted(connection: Connection, project_id: int, task_ids: Iterable[int]) -> None:
+    ids = list(task_ids)
+    for start in range(0, len(ids), 500):
+        chunk = ids[start : start + 500]
+        rows = (tasks.c.project_id == project_id, tasks.c.task_id.in_(chunk))
+        connection.execute(update(tasks).where(*rows).values(deleted=True))
+        gone = (annotations.c.project_id == project_id, annotations.c.task_id.in_(chunk))
+        connection.execute(delete(annotations).where(*gone))
+
+
+def task_ids_of_annotations(connection: Connection, project_id: int) -> set[int]:
+    return set(connection.execute(labelled_task_ids(project_id)).scalars().all())
+
+
+def settings_of(row: Row[Any]) -> ProjectSettings:
+    """The settings a project has now, or those a round began with."""
+    text = row.extra_params if hasattr(row, "extra_params") else row.settings
+    return parse_project_settings(json.loads(text or "{}"))
+
+
