@@ -19,6 +19,7 @@ HardfirstError
 └── Unavailable           somebody we need is away; the round waits and resumes        -> HTTP 503
     ├── LabelStudioUnavailable
     ├── CredentialsMissing
+    ├── NothingToLabel        the project has no tasks yet
     └── QueueUnavailable
 
 A job that meets `Unavailable` is put back and tried again; any other error ends its round with the sentence on the page.
@@ -118,6 +119,10 @@ class LabelStudioUnavailable(Unavailable):
 
 class CredentialsMissing(Unavailable):
     """No access token for Label Studio. Label Studio: Account & Settings -> Access Token; set LABEL_STUDIO_API_KEY."""
+
+
+class NothingToLabel(Unavailable):
+    """The project has no tasks yet. Import images; the first batch follows by itself."""
 
 
 class QueueUnavailable(Unavailable):

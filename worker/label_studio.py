@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import re
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import islice
 from typing import Any
 
 import httpx
@@ -92,7 +93,7 @@ class LabelStudio:
                 headers = self._sdk._client_wrapper.get_headers()
         except httpx.HTTPError as error:
             raise LabelStudioUnavailable(f"Label Studio at {self.url} does not answer: {error}") from error
-        except Exception as error:  # noqa: BLE001 - the SDK raises its own ApiError tree, different in each release
+        except Exception as error:
             raise LabelStudioRefused(
                 f"Label Studio at {self.url} did not accept LABEL_STUDIO_API_KEY ({type(error).__name__}). "
                 "Take a new one: Account & Settings -> Access Token"
@@ -153,14 +154,14 @@ class LabelStudio:
         path = f"/api/projects/{project_id}/model-versions/"
         self._request("DELETE", path, json={"model_version": version}, timeout=SLOW)
 
-    def import_predictions(self, project_id: int, predictions: Sequence[Mapping[str, Any]]) -> None:
-        """All predictions of a version, in as few requests as possible.
+    def import_predictions(self, project_id: int, predictions: Iterable[Mapping[str, Any]]) -> None:
+        """All predictions of a version, in as few requests as possible: task, result, score, model_version each.
 
         Raises:
             PublishIncomplete: Label Studio answered 201 and kept fewer than it was sent.
         """
-        for start in range(0, len(predictions), IMPORT_CHUNK):
-            chunk = list(predictions[start : start + IMPORT_CHUNK])
+        rest = iter(predictions)
+        while chunk := list(islice(rest, IMPORT_CHUNK)):
             answer = self._request("POST", f"/api/projects/{project_id}/import/predictions", json=chunk, timeout=SLOW)
             created = answer.get("created") if isinstance(answer, dict) else None
             if created != len(chunk):
@@ -250,6 +251,11 @@ def _address(url: str) -> tuple[str, int | None, str]:
         return ("", None, str(url))
     port = parsed.port or {"http": 80, "https": 443}.get(parsed.scheme)
     return (parsed.host.lower(), port, parsed.path.rstrip("/"))
+
+
+def names_missing_task(error: LabelStudioRefused) -> bool:
+    """Whether an import was refused because a task is no longer there."""
+    return 'invalid \\"task\\" field' in str(error) or 'invalid "task" field' in str(error)
 
 
 def _checked(response: httpx.Response, method: str, path: str) -> Any:

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from sqlalchemy import Connection, Row, delete, func, insert, select, update
+from sqlalchemy import Connection, Row, bindparam, delete, func, insert, select, update
 
 from worker import steps
-from worker.errors import Conflict, NotFound
+from worker.errors import Conflict
 from worker.label_studio import PENDING_VERSION
 from worker.settings import ProjectSettings, parse_project_settings
 from worker.store import (
     OPEN_STATES,
-    annotations,
+    task_annotations,
     count_new_labels,
     get_project,
     get_round,
@@ -112,14 +112,16 @@ def open_round(connection: Connection, project_id: int, why: str) -> int:
     return round_id
 
 
-def mark_seen(connection: Connection, project_id: int, round_id: int) -> None:
-    """The labels there are now belong to this round: they do not open another one, even when it fails."""
-    connection.execute(
-        update(tasks)
-        .where(tasks.c.project_id == project_id, tasks.c.seen_round_id.is_(None))
-        .where(tasks.c.task_id.in_(labelled_task_ids(project_id)))
-        .values(seen_round_id=round_id)
-    )
+def mark_seen(connection: Connection, project_id: int, round_id: int, task_ids: Sequence[int] | None = None) -> None:
+    """Labels that belong to this round, so that they open no other one, even when it fails: those of `task_ids`, or
+    all there are."""
+    unseen = update(tasks).where(tasks.c.project_id == project_id, tasks.c.seen_round_id.is_(None))
+    if task_ids is None:
+        these = tasks.c.task_id.in_(labelled_task_ids(project_id))
+        connection.execute(unseen.where(these).values(seen_round_id=round_id))
+    elif task_ids:
+        one = unseen.where(tasks.c.task_id == bindparam("of")).values(seen_round_id=round_id)
+        connection.execute(one, [{"of": task_id} for task_id in task_ids])
 
 
 def labels_needed(settings: ProjectSettings, last: Row[Any]) -> int:
@@ -214,17 +216,17 @@ def remember_annotations(connection: Connection, project_id: int, found: Iterabl
         rows[row["annotation_id"]] = row
     known = dict(
         connection.execute(
-            select(annotations.c.annotation_id, annotations.c.updated_at).where(
-                annotations.c.project_id == project_id, annotations.c.annotation_id.in_(list(rows))
+            select(task_annotations.c.annotation_id, task_annotations.c.updated_at).where(
+                task_annotations.c.project_id == project_id, task_annotations.c.annotation_id.in_(list(rows))
             )
-        ).tuples()
+        ).tuples().all()
         if len(rows) < 500
         else connection.execute(
-            select(annotations.c.annotation_id, annotations.c.updated_at).where(annotations.c.project_id == project_id)
-        ).tuples()
+            select(task_annotations.c.annotation_id, task_annotations.c.updated_at).where(task_annotations.c.project_id == project_id)
+        ).tuples().all()
     )
     fresh = [row for key, row in rows.items() if row["updated_at"] >= known.get(key, "")]
-    upsert(connection, annotations, fresh)
+    upsert(connection, task_annotations, fresh)
 
 
 def _annotation_row(project_id: int, item: Mapping[str, Any]) -> dict[str, Any]:
@@ -245,14 +247,14 @@ def _annotation_row(project_id: int, item: Mapping[str, Any]) -> dict[str, Any]:
 def forget_annotations(connection: Connection, project_id: int, annotation_ids: Iterable[int]) -> None:
     ids = list(annotation_ids)
     for start in range(0, len(ids), 500):
-        chunk = annotations.c.annotation_id.in_(ids[start : start + 500])
-        connection.execute(delete(annotations).where(annotations.c.project_id == project_id, chunk))
+        chunk = task_annotations.c.annotation_id.in_(ids[start : start + 500])
+        connection.execute(delete(task_annotations).where(task_annotations.c.project_id == project_id, chunk))
 
 
 def remember_tasks(connection: Connection, project_id: int, images: Mapping[int, str]) -> None:
     """New tasks join the pool; known ones keep their split and get their image's present address."""
     known = dict(
-        connection.execute(select(tasks.c.task_id, tasks.c.image).where(tasks.c.project_id == project_id)).tuples()
+        connection.execute(select(tasks.c.task_id, tasks.c.image).where(tasks.c.project_id == project_id)).tuples().all()
     )
     new = [
         {"project_id": project_id, "task_id": task_id, "image": image, "deleted": False}
@@ -264,6 +266,18 @@ def remember_tasks(connection: Connection, project_id: int, images: Mapping[int,
         if task_id in known and known[task_id] != image:
             row = (tasks.c.project_id == project_id, tasks.c.task_id == task_id)
             connection.execute(update(tasks).where(*row).values(image=image, deleted=False, image_problem=None))
+
+
+def declare_holdout(connection: Connection, project_id: int, task_ids: Sequence[int]) -> None:
+    """Tasks that their project brought as its holdout. Only before splits are drawn: a holdout never changes sides."""
+    if not task_ids:
+        return
+    known = select(func.count()).select_from(tasks).where(tasks.c.project_id == project_id)
+    drawn = known.where(tasks.c.holdout.is_(False))
+    if connection.execute(drawn).scalar_one():
+        return
+    one = update(tasks).where(tasks.c.project_id == project_id, tasks.c.task_id == bindparam("of"))
+    connection.execute(one.values(holdout=True), [{"of": task_id} for task_id in task_ids])
 
 
 def forget_missing_tasks(connection: Connection, project_id: int, present: set[int]) -> None:
@@ -278,8 +292,8 @@ def mark_deleted(connection: Connection, project_id: int, task_ids: Iterable[int
         chunk = ids[start : start + 500]
         rows = (tasks.c.project_id == project_id, tasks.c.task_id.in_(chunk))
         connection.execute(update(tasks).where(*rows).values(deleted=True))
-        gone = (annotations.c.project_id == project_id, annotations.c.task_id.in_(chunk))
-        connection.execute(delete(annotations).where(*gone))
+        gone = (task_annotations.c.project_id == project_id, task_annotations.c.task_id.in_(chunk))
+        connection.execute(delete(task_annotations).where(*gone))
 
 
 def task_ids_of_annotations(connection: Connection, project_id: int) -> set[int]:

@@ -97,6 +97,21 @@ def _send(store: Store, redis: Redis, step_id: int) -> bool:
     return True
 
 
+def start_sender(store: Store, redis: Redis, stop: threading.Event, period: float = 1.0) -> threading.Thread:
+    """A thread that sends waiting steps as they fall due, until `stop` is set."""
+
+    def send() -> None:
+        while not stop.wait(period):
+            try:
+                send_waiting(store, redis)
+            except Exception as error:  # noqa: BLE001 - the database may be away for seconds; the thread must live on
+                log.warning("waiting steps not sent: %s", error)
+
+    thread = threading.Thread(target=send, daemon=True, name="step-sender")
+    thread.start()
+    return thread
+
+
 class Lease:
     """A claimed step. A thread renews it while the body runs; `check` raises when it was taken away."""
 

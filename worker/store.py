@@ -8,6 +8,7 @@ step of a kind and shard per round, one score per round and task, one event per 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -86,7 +87,7 @@ tasks = Table(
     Column("deleted", Boolean, nullable=False, default=False),
 )
 
-annotations = Table(
+task_annotations = Table(
     "annotations",
     metadata,
     Column("project_id", ForeignKey("projects.id", ondelete="CASCADE"), primary_key=True),
@@ -177,6 +178,7 @@ scores = Table(
     Column("regions", Text),  # JSON: Label Studio's result
     Column("n_boxes", Integer),
     Column("problem", Text),
+    Column("sent", Boolean, nullable=False, default=False),  # of a row scored alone: Label Studio has it
     Index(None, "round_id", "shard"),
     Index(None, "round_id", "rank"),
 )
@@ -220,6 +222,7 @@ class Store:
         config = Config()
         config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
         config.attributes["engine"] = self.engine
+        logging.getLogger("alembic").setLevel(logging.WARNING)
         command.upgrade(config, "head")
 
     def close(self) -> None:
@@ -322,8 +325,8 @@ def measured_rounds(connection: Connection, project_id: int) -> Sequence[Row[Any
 def labelled_task_ids(project_id: int) -> Any:
     """Subquery: ids of tasks with an annotation that is not a skip."""
     return (
-        select(annotations.c.task_id)
-        .where(annotations.c.project_id == project_id, annotations.c.cancelled.is_(False))
+        select(task_annotations.c.task_id)
+        .where(task_annotations.c.project_id == project_id, task_annotations.c.cancelled.is_(False))
         .distinct()
     )
 

@@ -111,6 +111,7 @@ def upgrade() -> None:
     sa.Column('regions', sa.Text(), nullable=True),
     sa.Column('n_boxes', sa.Integer(), nullable=True),
     sa.Column('problem', sa.Text(), nullable=True),
+    sa.Column('sent', sa.Boolean(), nullable=False),
     sa.ForeignKeyConstraint(['round_id'], ['rounds.id'], name=op.f('fk_scores_round_id_rounds'), ondelete='CASCADE'),
     sa.PrimaryKeyConstraint('round_id', 'task_id', name=op.f('pk_scores'))
     )

@@ -1,0 +1,512 @@
+"""The admin page, its JSON API and its files. It reads the store and live progress; its buttons change rows and enqueue.
+
+The page answers whoever is away: Redis, Label Studio or its access token are sentences on it, not errors.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gzip
+import io
+import json
+import os
+import tempfile
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from pathlib import Path as FilePath
+from typing import Annotated, Any
+from weakref import WeakKeyDictionary
+
+import httpx
+from fastapi import APIRouter, Depends, Path, Query, Request
+from fastapi.concurrency import run_in_threadpool
+from fastapi.responses import HTMLResponse, JSONResponse, Response
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from PIL import Image
+from pydantic import BaseModel, ConfigDict, StrictBool
+from sqlalchemy import select
+
+from backend import views
+from backend.ml_api import Own, send_waiting
+from backend.payloads import MAX_ID
+from backend.views import BatchView, ProjectCard, ProjectStatus, ProjectView, RoundView
+from worker import queue, rounds
+from worker.artifacts import round_key, sha256
+from worker.errors import (
+    CredentialsMissing,
+    HardfirstError,
+    ImageUnusable,
+    LabelStudioUnavailable,
+    NotFound,
+    QueueUnavailable,
+)
+from worker.images import decode_image, to_rgb, upright
+from worker.services import Services
+from worker.store import get_project, get_round, open_round_of, steps, tasks
+from worker.store import rounds as round_rows
+
+HERE = FilePath(__file__).parent
+STATIC = {"admin.css": "text/css", "admin.js": "text/javascript", "favicon.svg": "image/svg+xml"}
+PLOTLY = "plotly.js"
+YEAR = "public, max-age=31536000, immutable"  # the address holds the content's digest
+
+THUMBNAIL_SIDE = 320  # pixels
+THUMBNAIL_QUALITY = 80
+THUMBNAIL_SECONDS = 20.0  # until the page gets a placeholder; Label Studio may take longer
+THUMBNAILS_AT_ONCE = 4  # fetched and decoded: a large image takes hundreds of MB for a moment
+
+QUEUE_AWAY_SECONDS = 5.0  # a poll must not wait for Redis each time
+LABEL_STUDIO_SECONDS = 15.0  # between two looks at Label Studio
+LABEL_STUDIO_PATIENCE = 0.7  # the first page waits so long for the first look
+
+# plotly.js writes style attributes, an empty <style> to which it adds rules by script, and one of its own (WebGL maps)
+_STYLE_HASHES = (
+    "'sha256-47DEQpj8HBSa+/TImW+5JCeuQeRkm5NMpJWZG3hSuFU=' 'sha256-ji27qzEtxXZW+7dun6UwjHXJ18e6WAin1VvNtkzIE/o='"
+)
+PAGE_HEADERS = {
+    "Content-Security-Policy": (
+        "default-src 'none'; script-src 'self'; connect-src 'self'; img-src 'self' data:; "
+        f"style-src-elem 'self' {_STYLE_HASHES}; style-src-attr 'unsafe-inline'; "
+        "base-uri 'none'; form-action 'none'; frame-ancestors 'self'"
+    ),
+    "Cache-Control": "no-store",
+    "Referrer-Policy": "no-referrer",
+}
+
+
+class Problem(BaseModel):
+    """What every error looks like."""
+
+    error: str
+    detail: str
+
+
+class StopRequest(BaseModel):
+    """`accepted`: no round opens by itself from now on. False: they do again."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    accepted: StrictBool
+
+
+class SelectionView(BaseModel):
+    """How the current batch was chosen."""
+
+    strategy: str
+    options: dict[str, Any]
+    notes: list[str]
+
+
+class LiveStatus(ProjectStatus):
+    """A project's status, and who is away."""
+
+    away: list[str]
+
+
+router = APIRouter(tags=["admin"])
+ERRORS: dict[int | str, dict[str, Any]] = {404: {"model": Problem}, 422: {"model": Problem}}
+ProjectId = Annotated[int, Path(ge=0, le=MAX_ID)]
+Offset = Annotated[int, Query(ge=0, le=MAX_ID)]
+Limit = Annotated[int, Query(ge=1, le=views.MAX_PAGE)]
+
+
+# --- who else is there -----------------------------------------------------------------------------------------------
+
+
+class Neighbours:
+    """What the page knows of Redis and Label Studio without ever waiting long for them. One per application."""
+
+    def __init__(self) -> None:
+        self.fetching = ThreadPoolExecutor(THUMBNAILS_AT_ONCE, thread_name_prefix="thumbnail")
+        self._queue_away_until = 0.0
+        self._queue_problem = ""
+        self._looked_at = 0.0
+        self._look: threading.Thread | None = None
+        self._label_studio_problem = ""
+        self._lock = threading.Lock()
+
+    def progress(self, own: Services, project_id: int) -> dict[str, Any]:
+        """Live progress; empty while Redis is away."""
+        if time.monotonic() < self._queue_away_until:
+            return {}
+        try:
+            found = queue.get_progress(own.redis, project_id)
+        except QueueUnavailable as error:
+            self._queue_problem = str(error)
+            self._queue_away_until = time.monotonic() + QUEUE_AWAY_SECONDS
+            return {}
+        self._queue_problem = ""
+        return found
+
+    def away(self, own: Services) -> list[str]:
+        """Sentences about who is away, and what to do."""
+        if not own.settings.api_key:
+            return [str(CredentialsMissing()), *filter(None, [self._queue_problem])]
+        self._look_at_label_studio(own)
+        return [problem for problem in (self._label_studio_problem, self._queue_problem) if problem]
+
+    def _look_at_label_studio(self, own: Services) -> None:
+        with self._lock:
+            first = not self._looked_at
+            due = time.monotonic() - self._looked_at > LABEL_STUDIO_SECONDS
+            if (first or due) and (self._look is None or not self._look.is_alive()):
+                self._looked_at = time.monotonic()
+                self._look = threading.Thread(target=self._ask_label_studio, args=(own,), daemon=True)
+                self._look.start()
+        if first and self._look is not None:
+            self._look.join(LABEL_STUDIO_PATIENCE)
+
+    def _ask_label_studio(self, own: Services) -> None:
+        self._label_studio_problem = label_studio_problem(own)
+
+
+def label_studio_problem(own: Services) -> str:
+    """Why Label Studio cannot be worked with, in words; empty when it can."""
+    url = own.settings.label_studio_url
+    try:
+        headers = own.label_studio.auth_headers()
+        status = httpx.get(f"{url}/api/current-user/whoami", headers=headers, timeout=5.0).status_code
+    except HardfirstError as error:
+        return str(error)
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        return f"Label Studio at {url} does not answer ({type(error).__name__}). Rounds wait, and go on when it is back."
+    if status in (401, 403):
+        return f"Label Studio at {url} refused LABEL_STUDIO_API_KEY (HTTP {status}). Account & Settings -> Access Token"
+    if status == 429 or status >= 500:
+        return f"Label Studio at {url} answers HTTP {status}. Rounds wait, and go on when it is well again."
+    return ""
+
+
+_neighbours: WeakKeyDictionary[Services, Neighbours] = WeakKeyDictionary()
+_neighbours_lock = threading.Lock()
+
+
+def neighbours_of(own: Own) -> Neighbours:
+    with _neighbours_lock:
+        return _neighbours.setdefault(own, Neighbours())
+
+
+Around = Annotated[Neighbours, Depends(neighbours_of)]
+
+
+# --- the JSON API ----------------------------------------------------------------------------------------------------
+
+
+@router.get("/api/projects")
+def list_projects(own: Own, around: Around) -> list[ProjectCard]:
+    """All connected projects."""
+    with own.store.read() as connection:
+        opened = views.open_project_ids(connection)
+    progress = {project_id: around.progress(own, project_id) for project_id in opened}
+    with own.store.read() as connection:
+        return views.cards(connection, progress)
+
+
+@router.get("/api/projects/{project_id}", responses=ERRORS)
+def show_project(project_id: ProjectId, own: Own, around: Around) -> ProjectView:
+    """State, learning curve, rounds and verdict of one project."""
+    progress = around.progress(own, project_id)
+    with own.store.read() as connection:
+        return views.project_view(connection, project_id, progress, own.settings.label_studio_url)
+
+
+@router.get("/api/projects/{project_id}/status", responses=ERRORS)
+def show_status(project_id: ProjectId, own: Own, around: Around) -> LiveStatus:
+    """What changes from second to second; asked for every two."""
+    progress = around.progress(own, project_id)
+    with own.store.read() as connection:
+        status = views.status_of(connection, get_project(connection, project_id), progress)
+    return LiveStatus(**dict(status), away=around.away(own))
+
+
+@router.get("/api/projects/{project_id}/rounds", responses=ERRORS)
+def list_rounds(project_id: ProjectId, own: Own) -> list[RoundView]:
+    """All rounds of a project, newest first."""
+    with own.store.read() as connection:
+        return views.round_views(connection, project_id)
+
+
+@router.get("/api/projects/{project_id}/batch", responses=ERRORS)
+def show_batch(project_id: ProjectId, own: Own, offset: Offset = 0, limit: Limit = views.PAGE) -> BatchView:
+    """The current batch in rank order."""
+    with own.store.read() as connection:
+        return views.batch_view(connection, project_id, own.settings.label_studio_url, offset, limit)
+
+
+@router.get("/api/projects/{project_id}/selection", responses=ERRORS)
+def show_selection(project_id: ProjectId, own: Own) -> SelectionView:
+    """How the current batch was chosen: strategy, options, and what there is to know about it."""
+    with own.store.read() as connection:
+        project = get_project(connection, project_id)
+        if project.published_round_id is None:
+            raise NotFound(f"project {project_id} has no published batch yet")
+        number = get_round(connection, project.published_round_id).number
+    manifest = json.loads(own.artifacts.get(round_key(project_id, number, "manifest.json")))
+    return SelectionView.model_validate({name: manifest[name] for name in SelectionView.model_fields})
+
+
+@router.get("/api/projects/{project_id}/rounds/{number}/manifest.json", responses=ERRORS)
+def download_manifest(project_id: ProjectId, number: Annotated[int, Path(ge=0, le=MAX_ID)], own: Own) -> Response:
+    """The batch a round chose, with every task's rank, utility and its parts, as it was written."""
+    with own.store.read() as connection:
+        get_project(connection, project_id)
+    content = own.artifacts.get(round_key(project_id, number, "manifest.json"))
+    name = f"hardfirst-p{project_id}-r{number}.json"
+    headers = {"Content-Disposition": f'attachment; filename="{name}"', "Cache-Control": "no-store"}
+    return Response(content, media_type="application/json", headers=headers)
+
+
+@router.post("/api/projects/{project_id}/rounds", status_code=201, responses={**ERRORS, 409: {"model": Problem}})
+def start_round(project_id: ProjectId, own: Own) -> RoundView:
+    """Open a round now, whatever the trigger says."""
+    with own.store.write() as connection:
+        rounds.open_round(connection, project_id, "an admin started it")
+        opened = views.round_views(connection, project_id)[0]
+    send_waiting(own)
+    return opened
+
+
+@router.post("/api/projects/{project_id}/rounds/cancel", responses={**ERRORS, 409: {"model": Problem}})
+def cancel_round(project_id: ProjectId, own: Own) -> RoundView:
+    """Cancel the open round. What was published before stays; a training that runs is ended."""
+    with own.store.write() as connection:
+        get_project(connection, project_id)
+        running = open_round_of(connection, project_id)
+        training = (
+            select(steps.c.id, steps.c.attempt)
+            .join(round_rows, round_rows.c.id == steps.c.round_id)
+            .where(steps.c.round_id == (running.id if running else -1))
+            .where(steps.c.kind == "train", steps.c.state.in_(("sent", "running")))
+        )
+        jobs = connection.execute(training).all()
+        number = rounds.cancel_round(connection, project_id)
+        cancelled = next(row for row in views.round_views(connection, project_id) if row.number == number)
+    _stop_jobs(own, project_id, [(job.id, job.attempt) for job in jobs])
+    return cancelled
+
+
+def _stop_jobs(own: Services, project_id: int, jobs: list[tuple[int, int]]) -> None:
+    """The store has fenced them off already; this only frees the worker sooner."""
+    try:
+        for step_id, attempt in jobs:
+            queue.stop_step(own.redis, step_id, attempt)
+        queue.clear_progress(own.redis, project_id)
+    except QueueUnavailable:
+        return  # the worker sees it at the next renewal of its lease
+
+
+@router.post("/api/projects/{project_id}/stop", responses=ERRORS)
+def accept_stop(project_id: ProjectId, body: StopRequest, own: Own, around: Around) -> LiveStatus:
+    """Accept the stop, or withdraw that: labels that came meanwhile may then open a round at once."""
+    with own.store.write() as connection:
+        rounds.accept_stop(connection, project_id, body.accepted)
+        rounds.open_round_if_triggered(connection, project_id)
+    send_waiting(own)
+    return show_status(project_id, own, around)
+
+
+# --- thumbnails ------------------------------------------------------------------------------------------------------
+
+
+@router.get(
+    "/api/projects/{project_id}/tasks/{task_id}/thumbnail.jpg",
+    response_class=Response,
+    responses={
+        200: {"content": {"image/jpeg": {}}, "description": "At most 320 pixels a side."},
+        404: {"model": Problem},
+        415: {"content": {"image/svg+xml": {}}, "description": "A placeholder: the image cannot be read."},
+        503: {"content": {"image/svg+xml": {}}, "description": "A placeholder: the image is not to be had now."},
+    },
+)
+async def show_thumbnail(
+    project_id: ProjectId, task_id: Annotated[int, Path(ge=0, le=MAX_ID)], own: Own, around: Around
+) -> Response:
+    """A task's image, small. Fetched once, by few threads of its own: Label Studio's calls must never wait for it."""
+    image = await run_in_threadpool(_image_of, own, project_id, task_id)
+    cached = thumbnail_path(own, project_id, task_id, image)
+    if not cached.is_file():
+        loop = asyncio.get_running_loop()
+        work = loop.run_in_executor(around.fetching, _make_thumbnail, own, task_id, image, cached)
+        try:
+            await asyncio.wait_for(work, THUMBNAIL_SECONDS)
+        except ImageUnusable:
+            return _placeholder("cannot be read", 415)
+        except (LabelStudioUnavailable, CredentialsMissing, TimeoutError):
+            return _placeholder("not available now", 503)
+    content = await run_in_threadpool(cached.read_bytes)
+    return Response(content, media_type="image/jpeg", headers={"Cache-Control": "private, max-age=86400"})
+
+
+def _image_of(own: Services, project_id: int, task_id: int) -> str:
+    """
+    Raises:
+        NotFound: the store knows no such task of that project: nothing else is ever fetched.
+    """
+    query = select(tasks.c.image).where(tasks.c.project_id == project_id, tasks.c.task_id == task_id)
+    with own.store.read() as connection:
+        found = connection.execute(query.where(tasks.c.deleted.is_(False))).scalar_one_or_none()
+    if found is None:
+        raise NotFound(f"project {project_id} has no task {task_id} here")
+    return str(found)
+
+
+def thumbnail_path(own: Services, project_id: int, task_id: int, image: str) -> FilePath:
+    """Where the thumbnail is kept, about 15 kB each; the folder may be deleted at any time."""
+    folder = own.settings.data_dir.resolve() / "cache" / "thumbs"
+    return folder / f"{project_id}-{task_id}-{views.image_digest(image)}.jpg"
+
+
+def _make_thumbnail(own: Services, task_id: int, image: str, path: FilePath) -> None:
+    content = thumbnail(own.images.fetch({"image": image}, "image", task_id), own.images.max_pixels)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".part", delete=False) as part:
+        part.write(content)
+    os.replace(part.name, path)  # readers see all of it or none
+
+
+def thumbnail(content: bytes, max_pixels: int) -> bytes:
+    """An image file as a JPEG of at most 320 pixels a side, in the displayed frame, without metadata.
+
+    Raises:
+        ImageUnusable: not an image, damaged, or too large.
+    """
+    pixels = _drafted(content, max_pixels) or decode_image(content, max_pixels)
+    pixels.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE), Image.Resampling.LANCZOS)
+    small = io.BytesIO()
+    pixels.save(small, "JPEG", quality=THUMBNAIL_QUALITY)
+    return small.getvalue()
+
+
+def _drafted(content: bytes, max_pixels: int) -> Image.Image | None:
+    """A JPEG decoded at an eighth to a half of its size, which takes a tenth of the time. None: decode it in full."""
+    try:
+        image = Image.open(io.BytesIO(content), formats=("JPEG",))
+        if image.width * image.height > max_pixels:
+            return None
+        image.draft("RGB", (2 * THUMBNAIL_SIDE, 2 * THUMBNAIL_SIDE))
+        image.load()
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+        return None  # the full decoder says what is wrong with it
+    plain = to_rgb(upright(image)).copy()
+    plain.info = {}
+    return plain
+
+
+def _placeholder(words: str, status: int) -> Response:
+    """Browsers show the body of an <img> whatever its status is."""
+    picture = (
+        '<svg xmlns="http://www.w3.org/2000/svg" width="320" height="240" viewBox="0 0 320 240">'
+        '<rect width="320" height="240" fill="#8a94a6" fill-opacity=".18"/>'
+        '<path d="M118 132l28-34 22 26 14-16 26 30z" fill="#8a94a6" fill-opacity=".55"/>'
+        '<circle cx="190" cy="92" r="9" fill="#8a94a6" fill-opacity=".55"/>'
+        '<text x="160" y="172" text-anchor="middle" font-family="sans-serif" font-size="15" fill="#8a94a6">'
+        f"{words}</text></svg>"
+    )
+    headers = {"Cache-Control": "no-store", "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'"}
+    return Response(picture, status, headers, media_type="image/svg+xml")
+
+
+# --- the page --------------------------------------------------------------------------------------------------------
+
+
+@router.get("/", include_in_schema=False)
+def overview_page(request: Request, own: Own, around: Around) -> HTMLResponse:
+    found = list_projects(own, around)
+    return _page(request, own, "overview.html", cards=found, away=around.away(own))
+
+
+@router.get("/projects/{project_id}", include_in_schema=False)
+def project_page(
+    request: Request, project_id: ProjectId, own: Own, around: Around, shown: Limit = views.PAGE
+) -> HTMLResponse:
+    try:
+        project = show_project(project_id, own, around)
+        batch = show_batch(project_id, own, 0, shown)
+    except NotFound as error:
+        return _page(request, own, "missing.html", status=404, detail=str(error), away=around.away(own))
+    charts = {
+        "curve": [point.model_dump() for point in project.curve],
+        "classes": [one.model_dump() for one in project.classes],
+    }
+    return _page(
+        request, own, "project.html", project=project, batch=batch, charts=charts, page=views.PAGE,
+        away=around.away(own),
+    )  # fmt: skip
+
+
+def _page(request: Request, own: Services, template: str, *, status: int = 200, **values: Any) -> HTMLResponse:
+    root = str(request.scope.get("root_path", "")).rstrip("/")
+    html = _templates().get_template(template).render(
+        root=root,
+        backend_url=str(request.base_url).rstrip("/"),
+        label_studio_url=own.settings.label_studio_url,
+        guarded=bool(own.settings.user),
+        asset=lambda name: f"{root}/static/{name}?v={_static(name)[1][:16]}",
+        **values,
+    )  # fmt: skip
+    return HTMLResponse(html, status, PAGE_HEADERS)
+
+
+@cache
+def _templates() -> Environment:
+    made = Environment(
+        loader=FileSystemLoader(HERE / "templates"),
+        autoescape=True,  # titles, labels and file names are Label Studio's: hostile
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    made.filters |= {"duration": views.duration_words, "moment": _moment, "signed": _signed, "number": _grouped}
+    return made
+
+
+def _moment(at: float) -> str:
+    """ISO 8601; the page's script turns it into the reader's own time."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(at))
+
+
+def _signed(value: float, places: int = 3) -> str:
+    text = f"{value:+.{places}f}"
+    return text.replace("-", "−") if float(text) else f"±{0:.{places}f}"
+
+
+def _grouped(value: int) -> str:
+    """80 000: a thin space, which no language reads as a decimal point."""
+    return f"{value:,}".replace(",", "\u2009")
+
+
+# --- its files -------------------------------------------------------------------------------------------------------
+
+
+@router.get("/static/{name}", include_in_schema=False)
+def static_file(name: str, request: Request) -> Response:
+    """One of the page's own files. Nothing comes from another host."""
+    if name not in STATIC and name != PLOTLY:
+        raise NotFound(f"there is no file {name[:80]!r}")
+    content, digest = _static(name)
+    headers = {"ETag": f'"{digest}"', "Cache-Control": YEAR, "Vary": "Accept-Encoding"}
+    if headers["ETag"] in request.headers.get("if-none-match", ""):
+        return Response(status_code=304, headers=headers)
+    kind = STATIC.get(name, "text/javascript")
+    if "gzip" in request.headers.get("accept-encoding", ""):
+        return Response(_packed(name), media_type=kind, headers={**headers, "Content-Encoding": "gzip"})
+    return Response(content, media_type=kind, headers=headers)
+
+
+@cache
+def _static(name: str) -> tuple[bytes, str]:
+    """Content and SHA-256."""
+    if name == PLOTLY:
+        from plotly.offline import get_plotlyjs  # here: /health must not wait for it
+
+        content = str(get_plotlyjs()).encode()
+    else:
+        content = (HERE / "static" / name).read_bytes()
+    return content, sha256(content)
+
+
+@cache
+def _packed(name: str) -> bytes:
+    return gzip.compress(_static(name)[0], 6)

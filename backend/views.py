@@ -1,0 +1,789 @@
+"""Read models of the admin page: queries of the store, and what they mean in words. Nothing is written here.
+
+Everything is counted in SQL; rows are read for what is shown (one page of the batch, the rounds, the latest events),
+so that a project of 80,000 tasks costs what a small one does.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+from sqlalchemy import Connection, Row, func, select
+
+from worker import rounds as rules
+from worker.artifacts import sha256
+from worker.boxes import LabelMap
+from worker.errors import LabelConfigUnsupported, SettingsInvalid
+from worker.settings import ProjectSettings
+from worker.store import (
+    OPEN_STATES,
+    count_new_labels,
+    events,
+    get_project,
+    labelled_task_ids,
+    latest_round,
+    loads,
+    measured_rounds,
+    projects,
+    rounds,
+    scores,
+    steps,
+    tasks,
+)
+
+PAGE = 60  # thumbnails shown at first, and added by "show more"
+MAX_PAGE = 600
+MAX_BOXES = 100  # drawn over one thumbnail
+MAX_PROBLEMS = 20
+MAX_EVENTS = 20
+EVENTS_READ = 300  # a run of saved labels becomes one line
+CLASS_COLOURS = 8
+UNTAKEN_AFTER = 60.0  # seconds in the queue until the page wonders about workers
+SPARK_WIDTH, SPARK_HEIGHT, SPARK_MARGIN = 120, 36, 4
+
+Phase = Literal["waiting", "attaching", "preparing", "training", "evaluating", "scoring", "publishing"]
+STAGES: Mapping[str, tuple[Phase, ...]] = {
+    "Connect": ("waiting", "attaching"),
+    "Train": ("waiting", "preparing", "training"),
+    "Measure": ("evaluating",),
+    "Score": ("scoring",),
+    "Publish": ("publishing",),
+}
+PHASE_OF_STATE: Mapping[str, Phase] = {
+    "waiting": "waiting",
+    "attaching": "attaching",
+    "training": "preparing",
+    "scoring": "scoring",
+    "publishing": "publishing",
+}
+PHASES_OF_STATE: Mapping[str, tuple[str, ...]] = {
+    "attaching": ("attaching",),
+    "training": ("preparing", "training", "evaluating"),
+    "scoring": ("scoring",),
+    "publishing": ("publishing",),
+}
+PHASE_WORDS: Mapping[Phase, str] = {
+    "waiting": "waiting for a worker",
+    "attaching": "reading the project",
+    "preparing": "preparing images",
+    "training": "training",
+    "evaluating": "measuring on the holdout",
+    "scoring": "scoring",
+    "publishing": "publishing",
+}
+VERDICT_WORDS = {
+    "continue": "Continue labelling",
+    "stop": "Time to stop",
+    "insufficient_evidence": "Too early to say",
+}
+EVENT_WORDS = {
+    "ANNOTATION_CREATED": "label saved",
+    "ANNOTATION_UPDATED": "label changed",
+    "ANNOTATIONS_CREATED": "labels saved",
+    "ANNOTATIONS_DELETED": "labels deleted",
+    "TASKS_CREATED": "tasks imported",
+    "TASKS_DELETED": "tasks deleted",
+    "settings": "settings changed",
+}
+
+
+class View(BaseModel):
+    model_config = ConfigDict(frozen=True, protected_namespaces=())
+
+
+class Stage(View):
+    name: str
+    state: Literal["done", "now", "to come"]
+
+
+class Now(View):
+    """What a project does at this moment. `fraction` of the phase, 0..1; None where it cannot be known."""
+
+    kind: Literal["idle", "working", "failed", "stopped"]
+    words: str
+    detail: str = ""
+    round_number: int | None = None
+    phase: Phase | None = None
+    fraction: float | None = None
+    done: int | None = None
+    total: int | None = None
+    eta_seconds: float | None = None
+    eta: str = ""
+    losses: dict[str, float] = {}
+    stages: list[Stage] = []
+
+
+class Counts(View):
+    """Live tasks of a project. `labels` and `pool` are without the holdout; `pool` without unreadable images."""
+
+    tasks: int = 0
+    labels: int = 0
+    holdout: int = 0
+    holdout_labels: int = 0
+    pool: int = 0
+
+
+class NextRound(View):
+    """What opens the next round: `new` of `needed` labels. `sentence` says it, or why no round opens by itself."""
+
+    new: int
+    needed: int
+    sentence: str
+
+
+class Verdict(View):
+    """Advice after a measured round."""
+
+    verdict: str
+    words: str
+    reasons: list[str]
+    note: str
+    round_number: int
+
+
+class ClassAp(View):
+    """AP50 of one class on the holdout; `change` against the measured round before; `boxes` in the holdout."""
+
+    name: str
+    ap50: float | None
+    change: float | None
+    boxes: int
+
+
+class CurvePoint(View):
+    """One measured round on the learning curve."""
+
+    round_number: int
+    labels: int
+    map50: float
+
+
+class RoundView(View):
+    """A row of the rounds table. `minutes`: annotators' time over all labels so far; `seconds`: the round's duration."""
+
+    number: int
+    state: str
+    why: str
+    opened_at: float
+    closed_at: float | None
+    seconds: float
+    labels: int | None
+    holdout_labels: int | None
+    boxes: int | None
+    minutes: float | None
+    map50: float | None
+    map50_95: float | None
+    gain: float | None
+    verdict: str
+    verdict_words: str
+    error: str | None
+    model_version: str | None
+    batch_size: int | None
+
+
+class Box(View):
+    """boxes_percent of one region, with its label."""
+
+    label: str
+    x: float
+    y: float
+    width: float
+    height: float
+    score: float | None
+    colour: int
+
+
+class BatchTask(View):
+    """A task of the current batch. The holdout has no boxes and no utility: it was drawn at random."""
+
+    task_id: int
+    rank: int
+    holdout: bool
+    labelled: bool
+    utility: float | None
+    uncertainty: float | None
+    diversity: float | None
+    boxes: list[Box]
+    n_boxes: int
+    image_width: int | None
+    image_height: int | None
+    problem: str | None
+    thumbnail: str
+    label_studio: str
+
+
+class BatchView(View):
+    """Part of the current batch, in rank order."""
+
+    round_number: int | None = None
+    version: str | None = None
+    total: int = 0
+    labelled: int = 0
+    offset: int = 0
+    tasks: list[BatchTask] = []
+
+
+class ImageProblem(View):
+    task_id: int
+    problem: str
+    label_studio: str
+
+
+class Happening(View):
+    """An event, or a run of events of one kind."""
+
+    at: float
+    words: str
+    detail: str
+    times: int
+
+
+class ProjectCard(View):
+    """A project in the overview."""
+
+    id: int
+    title: str
+    now: Now
+    counts: Counts
+    map50: float | None
+    verdict: Verdict | None
+    problem: str | None
+    spark: str
+    spark_end: tuple[float, float] | None
+
+
+class ProjectStatus(View):
+    """What the page asks every two seconds. A new `stamp` means that more than this has changed."""
+
+    now: Now
+    counts: Counts
+    next_round: NextRound | None
+    problem: str | None
+    notice: str | None
+    can_start: bool
+    can_cancel: bool
+    stop_accepted: bool
+    stamp: str
+
+
+class ProjectView(View):
+    """All that the project's page shows, apart from the batch."""
+
+    id: int
+    title: str
+    label_studio: str
+    version: str | None
+    strategy: str
+    status: ProjectStatus
+    verdict: Verdict | None
+    curve: list[CurvePoint]
+    classes: list[ClassAp]
+    classes_round: int | None
+    map50: float | None
+    gain: float | None
+    minutes: float | None
+    rounds: list[RoundView]
+    notes: list[str]
+    left_out: int
+    problems: list[ImageProblem]
+    n_problems: int
+    happenings: list[Happening]
+
+
+# --- a project now ---------------------------------------------------------------------------------------------------
+
+
+def cards(connection: Connection, progress: Mapping[int, Mapping[str, Any]]) -> list[ProjectCard]:
+    """All projects, by title."""
+    rows = connection.execute(select(projects).order_by(func.lower(projects.c.title), projects.c.id)).all()
+    return [_card(connection, row, progress.get(row.id, {})) for row in rows]
+
+
+def open_project_ids(connection: Connection) -> list[int]:
+    """Projects with an open round: those that may have live progress."""
+    query = select(rounds.c.project_id).where(rounds.c.state.in_(OPEN_STATES))
+    return [int(project_id) for project_id in connection.execute(query).scalars()]
+
+
+def _card(connection: Connection, project: Row[Any], progress: Mapping[str, Any]) -> ProjectCard:
+    status = status_of(connection, project, progress)
+    measured = measured_rounds(connection, project.id)
+    points = _curve(measured)
+    spark = sparkline([(point.labels, point.map50) for point in points])
+    return ProjectCard(
+        id=project.id,
+        title=title_of(project),
+        now=status.now,
+        counts=status.counts,
+        map50=measured[-1].map50 if measured else None,
+        verdict=_verdict(measured[-1]) if measured else None,
+        problem=status.problem,
+        spark=" ".join(f"{x:.1f},{y:.1f}" for x, y in spark),
+        spark_end=spark[-1] if spark else None,
+    )
+
+
+def title_of(project: Row[Any]) -> str:
+    return str(project.title) or f"Project {project.id}"
+
+
+def status_of(connection: Connection, project: Row[Any], progress: Mapping[str, Any]) -> ProjectStatus:
+    """State in words, counts, and what the buttons may do."""
+    last = latest_round(connection, project.id)
+    counts = count_tasks(connection, project.id)
+    is_open = last is not None and last.state in OPEN_STATES
+    now = _working(connection, last, progress, counts) if last is not None and is_open else _resting(project, last)
+    learned = project.published_round_id is not None and last is not None and _has_learned(connection, project)
+    stamp = [
+        *((last.id, last.state, last.map50) if last is not None else ()),
+        project.published_round_id,
+        project.stop_accepted_at,
+        counts.labels,
+        counts.holdout_labels,
+    ]
+    return ProjectStatus(
+        now=now,
+        counts=counts,
+        next_round=None if last is None or is_open else _next_round(connection, project, last),
+        problem=project.problem if now.kind != "failed" or project.problem != now.detail else None,
+        notice=None if learned else project.notice,  # it tells how things are before the first training
+        can_start=not is_open,
+        can_cancel=is_open,
+        stop_accepted=project.stop_accepted_at is not None,
+        stamp=sha256(json.dumps(stamp).encode())[:16],
+    )
+
+
+def _has_learned(connection: Connection, project: Row[Any]) -> bool:
+    query = select(rounds.c.number).where(rounds.c.id == project.published_round_id)
+    return bool(connection.execute(query).scalar_one_or_none())
+
+
+def count_tasks(connection: Connection, project_id: int) -> Counts:
+    labelled = labelled_task_ids(project_id).subquery()
+    has_label = labelled.c.task_id.is_not(None)
+    held = tasks.c.holdout.is_(True)
+    query = (
+        select(
+            func.count().label("tasks"),
+            func.count().filter(has_label, ~held).label("labels"),
+            func.count().filter(held).label("holdout"),
+            func.count().filter(has_label, held).label("holdout_labels"),
+            func.count().filter(~has_label, ~held, tasks.c.image_problem.is_(None)).label("pool"),
+        )
+        .select_from(tasks.outerjoin(labelled, labelled.c.task_id == tasks.c.task_id))
+        .where(tasks.c.project_id == project_id, tasks.c.deleted.is_(False))
+    )
+    return Counts.model_validate(dict(connection.execute(query).one()._mapping))
+
+
+def _working(connection: Connection, row: Row[Any], progress: Mapping[str, Any], counts: Counts) -> Now:
+    """An open round. Live progress of another round, or of a state that is over, is not believed."""
+    told = progress.get("phase") if progress.get("round") == row.number else None
+    believed = told in PHASES_OF_STATE.get(row.state, ())
+    phase: Phase = told if believed else PHASE_OF_STATE[row.state]  # type: ignore[assignment]  # told is in the table
+    done, total = _amount(connection, row, phase, progress if believed else {}, counts)
+    eta = _number(progress.get("eta_seconds")) if believed and phase in ("training", "scoring") else None
+    told_losses = progress.get("losses") if believed and phase == "training" else None
+    losses = told_losses if isinstance(told_losses, dict) else {}
+    amount = "" if done is None else f" {done}" + (f"/{total}" if total else "")
+    return Now(
+        kind="working",
+        words=f"{PHASE_WORDS[phase]}{' epoch' if phase == 'training' else ''}{amount}",
+        detail=_waiting_for(connection, row) or str(row.why),
+        round_number=row.number,
+        phase=phase,
+        fraction=None if done is None or not total else min((done - (phase == "training")) / total, 1.0),
+        done=done,
+        total=total,
+        eta_seconds=eta,
+        eta=duration_words(eta) if eta else "",
+        losses={str(name): value for name, raw in losses.items() if (value := _number(raw)) is not None},
+        stages=_stages(row.number, phase),
+    )
+
+
+def _amount(
+    connection: Connection, row: Row[Any], phase: Phase, progress: Mapping[str, Any], counts: Counts
+) -> tuple[int | None, int | None]:
+    """How much of the phase is done, of how much. For training: the epoch that runs, from 1."""
+    done, total = _whole(progress.get("done")), _whole(progress.get("total"))
+    if phase == "training":
+        epochs, before = _whole(progress.get("epochs")), _whole(progress.get("epoch"))
+        return (None, None) if not epochs else (min((before or 0) + 1, epochs), epochs)
+    if phase == "evaluating":
+        return (None if done is None else min(done, counts.holdout or done)), counts.holdout or None
+    if phase == "scoring" and done is None:
+        return _scored(connection, row.id)
+    if phase in ("preparing", "scoring", "publishing") and done is not None and total:
+        return min(done, total), total
+    return None, None
+
+
+def _scored(connection: Connection, round_id: int) -> tuple[int, int]:
+    """What the store knows of a scoring whose live progress is not to be had."""
+    query = select(func.count(), func.count().filter(scores.c.row.is_not(None) | scores.c.problem.is_not(None)))
+    total, done = connection.execute(query.where(scores.c.round_id == round_id)).one()
+    return int(done), int(total)
+
+
+def _waiting_for(connection: Connection, row: Row[Any]) -> str:
+    """Why an open round does not go on, when it does not."""
+    query = select(steps.c.state, steps.c.sent_at, steps.c.error).where(
+        steps.c.round_id == row.id, steps.c.state.in_(("waiting", "sent", "running"))
+    )
+    found = connection.execute(query.limit(500)).all()
+    for step in found:
+        if step.state == "waiting" and step.error:
+            return f"Tried again soon: {step.error}"
+    oldest = min((step.sent_at or time.time() for step in found if step.state == "sent"), default=None)
+    if oldest and time.time() - oldest > UNTAKEN_AFTER and not any(step.state == "running" for step in found):
+        waited = duration_words(time.time() - oldest)
+        return f"In the queue for {waited}, and no worker has taken it: is one running, or busy with another project?"
+    return ""
+
+
+def _stages(number: int, phase: Phase) -> list[Stage]:
+    names = ["Connect", "Score", "Publish"] if number == 0 else ["Train", "Measure", "Score", "Publish"]
+    here = next(position for position, name in enumerate(names) if phase in STAGES[name])
+    state_at: dict[int, Literal["done", "now", "to come"]] = {-1: "done", 0: "now", 1: "to come"}
+    return [Stage(name=name, state=state_at[(at > here) - (at < here)]) for at, name in enumerate(names)]
+
+
+def _resting(project: Row[Any], last: Row[Any] | None) -> Now:
+    if last is None:
+        return Now(kind="idle", words="connected", detail="The first batch has not been asked for yet.")
+    if last.state == "failed":
+        words = f"round {last.number} failed"
+        return Now(kind="failed", words=words, detail=last.error or "", round_number=last.number)
+    if project.stop_accepted_at is not None:
+        return Now(kind="stopped", words="stopped", detail="The stop was accepted: no round opens by itself.")
+    if last.state == "cancelled":
+        return Now(kind="idle", words="idle", detail=f"Round {last.number} was cancelled.")
+    return Now(kind="idle", words="idle", detail=f"Round {last.number} is published; labels open the next one.")
+
+
+def _next_round(connection: Connection, project: Row[Any], last: Row[Any]) -> NextRound | None:
+    """What `rounds.trigger` looks at, for people."""
+    if last.number == 0 and last.state != "done":
+        return None
+    settings = _settings(project)
+    if settings is None:
+        return None
+    new = count_new_labels(connection, project.id, holdout_too=last.number == 0)
+    needed = rules.labels_needed(settings, last)
+    missing = max(needed - new, 0)
+    if project.stop_accepted_at is not None:
+        sentence = "No round opens by itself: the stop was accepted."
+    elif last.number >= settings.max_rounds:
+        sentence = f"No round opens by itself: max_rounds is {settings.max_rounds}. Start more by hand."
+    elif missing:
+        sentence = f"{missing} more {'label opens' if missing == 1 else 'labels open'} round {last.number + 1}."
+    else:
+        sentence = f"Round {last.number + 1} opens at the next label."
+    return NextRound(new=new, needed=needed, sentence=sentence)
+
+
+# --- what the rounds bought ------------------------------------------------------------------------------------------
+
+
+def project_view(
+    connection: Connection, project_id: int, progress: Mapping[str, Any], label_studio_url: str
+) -> ProjectView:
+    """
+    Raises:
+        NotFound: the project is not connected.
+    """
+    project = get_project(connection, project_id)
+    measured = measured_rounds(connection, project_id)
+    newest = measured[-1] if measured else None
+    report = loads(newest.report) if newest is not None else {}
+    table = [_round_view(row) for row in _rounds(connection, project_id)]
+    return ProjectView(
+        id=project_id,
+        title=title_of(project),
+        label_studio=f"{label_studio_url}/projects/{project_id}/data",
+        version=project.published_version,
+        strategy=settings.strategy if (settings := _settings(project)) else "",
+        status=status_of(connection, project, progress),
+        verdict=_verdict(newest) if newest is not None else None,
+        curve=_curve(measured),
+        classes=_classes(measured),
+        classes_round=newest.number if newest is not None else None,
+        map50=newest.map50 if newest is not None else None,
+        gain=newest.gain if newest is not None else None,
+        minutes=newest.minutes if newest is not None else None,
+        rounds=table,
+        notes=[str(note) for note in report.get("notes", [])],
+        left_out=len(report.get("left_out", {})),
+        problems=_image_problems(connection, project_id, label_studio_url),
+        n_problems=_count_image_problems(connection, project_id),
+        happenings=_happenings(connection, project_id),
+    )
+
+
+def _settings(project: Row[Any]) -> ProjectSettings | None:
+    """None: they were stored by a version that knew other settings. Saving them again in Label Studio says which."""
+    try:
+        return rules.settings_of(project)
+    except SettingsInvalid:
+        return None
+
+
+def _rounds(connection: Connection, project_id: int) -> Sequence[Row[Any]]:
+    """Newest first, without the reports: those name every image that was left out."""
+    columns = [column for column in rounds.c if column.name not in ("report", "per_class", "settings")]
+    query = select(*columns).where(rounds.c.project_id == project_id).order_by(rounds.c.number.desc())
+    return connection.execute(query).all()
+
+
+def round_views(connection: Connection, project_id: int) -> list[RoundView]:
+    """All rounds of a project, newest first.
+
+    Raises:
+        NotFound: the project is not connected.
+    """
+    get_project(connection, project_id)
+    return [_round_view(row) for row in _rounds(connection, project_id)]
+
+
+def _round_view(row: Row[Any]) -> RoundView:
+    verdict = str(loads(row.verdict).get("verdict", ""))
+    return RoundView(
+        **{
+            name: getattr(row, name)
+            for name in RoundView.model_fields
+            if name not in ("verdict", "verdict_words", "seconds")
+        },
+        seconds=(row.closed_at or time.time()) - row.opened_at,
+        verdict=verdict,
+        verdict_words=VERDICT_WORDS.get(verdict, ""),
+    )
+
+
+def _verdict(row: Row[Any]) -> Verdict | None:
+    told = loads(row.verdict)
+    if not told.get("verdict"):
+        return None
+    return Verdict(
+        verdict=str(told["verdict"]),
+        words=VERDICT_WORDS.get(str(told["verdict"]), str(told["verdict"])),
+        reasons=[str(reason) for reason in told.get("reasons", [])],
+        note=str((told.get("stats") or {}).get("note", "")),
+        round_number=row.number,
+    )
+
+
+def _curve(measured: Iterable[Row[Any]]) -> list[CurvePoint]:
+    return [
+        CurvePoint(round_number=row.number, labels=row.labels, map50=row.map50)
+        for row in measured
+        if row.labels is not None
+    ]
+
+
+def _classes(measured: Sequence[Row[Any]]) -> list[ClassAp]:
+    """AP50 per class of the newest measured round, highest first; classes that could not be measured come last."""
+    if not measured:
+        return []
+    now = loads(measured[-1].per_class)
+    before = loads(measured[-2].per_class) if len(measured) > 1 else {}
+    found = [_class_ap(str(name), value, before.get(name) or {}) for name, value in now.items()]
+    return sorted(found, key=lambda one: (one.ap50 is None, -(one.ap50 or 0.0), one.name))
+
+
+def _class_ap(name: str, value: Mapping[str, Any], before: Mapping[str, Any]) -> ClassAp:
+    ap50, earlier = _number(value.get("ap50")), _number(before.get("ap50"))
+    change = None if ap50 is None or earlier is None else round(ap50 - earlier, 6)
+    return ClassAp(name=name, ap50=ap50, change=change, boxes=_whole(value.get("boxes")) or 0)
+
+
+def sparkline(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """(labels, mAP50) as (x, y) in a picture of SPARK_WIDTH x SPARK_HEIGHT; its floor is mAP50 0."""
+    if not points:
+        return []
+    left, right = points[0][0], max(labels for labels, _ in points)
+    top = max(max(map50 for _, map50 in points), 1e-9)
+    across, down = SPARK_WIDTH - 2 * SPARK_MARGIN, SPARK_HEIGHT - 2 * SPARK_MARGIN
+    return [
+        (
+            SPARK_MARGIN + across * ((labels - left) / (right - left) if right > left else 0.5),
+            SPARK_MARGIN + down * (1 - map50 / top),
+        )
+        for labels, map50 in points
+    ]
+
+
+# --- the batch -------------------------------------------------------------------------------------------------------
+
+
+def batch_view(
+    connection: Connection, project_id: int, label_studio_url: str, offset: int = 0, limit: int = PAGE
+) -> BatchView:
+    """The current batch from rank `offset` on, at most `limit` of its tasks.
+
+    Raises:
+        NotFound: the project is not connected.
+    """
+    project = get_project(connection, project_id)
+    if project.published_round_id is None:
+        return BatchView()
+    of_batch = (
+        scores.join(tasks, (tasks.c.task_id == scores.c.task_id) & (tasks.c.project_id == project_id)),
+        (scores.c.round_id == project.published_round_id, scores.c.rank.is_not(None), tasks.c.deleted.is_(False)),
+    )
+    is_labelled = tasks.c.task_id.in_(labelled_task_ids(project_id))
+    total, labelled = connection.execute(
+        select(func.count(), func.count().filter(is_labelled)).select_from(of_batch[0]).where(*of_batch[1])
+    ).one()
+    query = (
+        select(scores, tasks.c.image, tasks.c.holdout, tasks.c.image_problem, is_labelled.label("labelled"))
+        .select_from(of_batch[0])
+        .where(*of_batch[1])
+        .order_by(scores.c.rank)
+        .offset(offset)
+        .limit(limit)
+    )
+    colours = class_colours(project.label_config)
+    return BatchView(
+        round_number=connection.execute(
+            select(rounds.c.number).where(rounds.c.id == project.published_round_id)
+        ).scalar_one_or_none(),
+        version=project.published_version,
+        total=total,
+        labelled=labelled,
+        offset=offset,
+        tasks=[_batch_task(row, project_id, label_studio_url, colours) for row in connection.execute(query)],
+    )
+
+
+def class_colours(label_config: str) -> dict[str, int]:
+    """Label -> colour number: by its position in the label config, so that a class keeps its colour."""
+    try:
+        labels = LabelMap.from_config(label_config).labels
+    except LabelConfigUnsupported:
+        return {}
+    return {label: position % CLASS_COLOURS for position, label in enumerate(labels)}
+
+
+def _batch_task(row: Row[Any], project_id: int, label_studio_url: str, colours: Mapping[str, int]) -> BatchTask:
+    holdout = bool(row.holdout)
+    regions = [] if holdout else _regions(row.regions)
+    sizes = [(region.get("original_width"), region.get("original_height")) for region in regions]
+    width, height = next(((w, h) for w, h in sizes if isinstance(w, int) and isinstance(h, int)), (None, None))
+    boxes = [box for region in regions[:MAX_BOXES] if (box := _box(region, colours)) is not None]
+    return BatchTask(
+        task_id=row.task_id,
+        rank=row.rank,
+        holdout=holdout,
+        labelled=bool(row.labelled),
+        utility=None if holdout else row.utility,
+        uncertainty=None if holdout else row.uncertainty,
+        diversity=None if holdout else row.diversity,
+        boxes=boxes if width and height else [],
+        n_boxes=len(regions),
+        image_width=width,
+        image_height=height,
+        problem=row.image_problem or row.problem,
+        thumbnail=f"/api/projects/{project_id}/tasks/{row.task_id}/thumbnail.jpg?v={image_digest(row.image)}",
+        label_studio=task_url(label_studio_url, project_id, row.task_id),
+    )
+
+
+def _regions(text: str | None) -> list[dict[str, Any]]:
+    found = loads(text)
+    return [region for region in found if isinstance(region, dict)] if isinstance(found, list) else []
+
+
+def _box(region: Mapping[str, Any], colours: Mapping[str, int]) -> Box | None:
+    value = region.get("value") or {}
+    label = str(next(iter(value.get("rectanglelabels") or []), "?"))
+    sides = {name: value.get(name) for name in ("x", "y", "width", "height")}
+    try:
+        return Box(label=label, score=_number(region.get("score")), colour=colours.get(label, 0), **sides)
+    except ValidationError:
+        return None  # a region without four sides cannot be drawn
+
+
+def image_digest(image: str) -> str:
+    """Names a version of a task's image: it changes when the task's data does."""
+    return sha256(image.encode())[:16]
+
+
+def task_url(label_studio_url: str, project_id: int, task_id: int) -> str:
+    return f"{label_studio_url}/projects/{project_id}/data?task={task_id}"
+
+
+# --- images and events -----------------------------------------------------------------------------------------------
+
+
+def _unreadable(project_id: int) -> tuple[Any, ...]:
+    return (tasks.c.project_id == project_id, tasks.c.deleted.is_(False), tasks.c.image_problem.is_not(None))
+
+
+def _image_problems(connection: Connection, project_id: int, label_studio_url: str) -> list[ImageProblem]:
+    query = select(tasks.c.task_id, tasks.c.image_problem).where(*_unreadable(project_id))
+    return [
+        ImageProblem(
+            task_id=row.task_id,
+            problem=row.image_problem,
+            label_studio=task_url(label_studio_url, project_id, row.task_id),
+        )
+        for row in connection.execute(query.order_by(tasks.c.task_id).limit(MAX_PROBLEMS))
+    ]
+
+
+def _count_image_problems(connection: Connection, project_id: int) -> int:
+    query = select(func.count()).select_from(tasks).where(*_unreadable(project_id))
+    return int(connection.execute(query).scalar_one())
+
+
+def _happenings(connection: Connection, project_id: int) -> list[Happening]:
+    """Latest first; a run of one kind is one line."""
+    query = (
+        select(events.c.at, events.c.kind, events.c.detail)
+        .where(events.c.project_id == project_id)
+        .order_by(events.c.id.desc())
+        .limit(EVENTS_READ)
+    )
+    found = []
+    for (kind, detail), run in itertools.groupby(connection.execute(query), lambda row: (row.kind, row.detail)):
+        together = list(run)
+        words = EVENT_WORDS.get(kind, kind)
+        found.append(Happening(at=together[0].at, words=words, detail=detail, times=len(together)))
+    return found[:MAX_EVENTS]
+
+
+# --- words and numbers -----------------------------------------------------------------------------------------------
+
+
+def duration_words(seconds: float) -> str:
+    """40 s, 5 min, 2 h 10 min, 3 d 4 h: as exact as a person needs it."""
+    seconds = max(seconds, 0.0)
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    if minutes < 100:
+        return f"{minutes} min"
+    hours, minutes = divmod(minutes, 60)
+    if hours < 48:
+        return f"{hours} h {minutes} min" if minutes else f"{hours} h"
+    days, hours = divmod(hours, 24)
+    return f"{days} d {hours} h" if hours else f"{days} d"
+
+
+def _number(value: Any) -> float | None:
+    """A finite number, or None: live progress is Redis', and Redis is the outside."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or value != value or abs(value) == float("inf"):
+        return None
+    return float(value)
+
+
+def _whole(value: Any) -> int | None:
+    number = _number(value)
+    return None if number is None or number < 0 else int(number)

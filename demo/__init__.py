@@ -1,0 +1,1 @@
+"""The demo: generated factory-floor images, and the script that runs the whole loop on them."""

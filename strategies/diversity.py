@@ -1,0 +1,465 @@
+"""How different images are: k-means distance, greedy k-center, greedy coverage, near-duplicates.
+
+Everything returned as `positions` indexes the rows of the `embeddings` argument, never rows of `labelled` and never
+keys: the labelled points only start the distances, they can not be picked.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+from sklearn.cluster import MiniBatchKMeans
+from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]  # comes with scikit-learn
+
+from strategies.arrays import Booleans, Floats, Integers, as_count, as_embeddings, as_groups, as_mask, as_vector
+
+Vector = NDArray[np.float64]
+
+# Up to this many numbers the arithmetic is done in float64, where ties are exact; above it in float32, twice as fast.
+_SMALL = 2**20
+# Numbers in one block of a distance or kernel matrix: 32 MB of float64, whatever the size of the pool.
+_BLOCK = 2**22
+# A spread of distances below this share of the embeddings' size is rounding, not diversity.
+_RELATIVE_NOISE = 1e-6
+# At h = 0.01 the rounding of float32 cosines moves the kernel by 0.2 %; at 0.001 it would be as wide as the kernel.
+_SMALLEST_BANDWIDTH = 0.01
+
+
+# --- k-means ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class KMeansScale:
+    """What turns an embedding into a k-means diversity: centroids (n, D) and the pool's distance range."""
+
+    centroids: Floats
+    low: float
+    high: float
+
+    def diversity(self, embeddings: ArrayLike) -> Vector:
+        """(M, D) -> (M,) distance to the nearest centroid, scaled by the pool's range and clipped to [0, 1].
+
+        Zeros when the pool had no spread (or no rows).
+        """
+        if not len(self.centroids) or not self.high > self.low:
+            return np.zeros(len(as_embeddings(embeddings)))
+        distances = nearest_distances(embeddings, self.centroids)
+        return np.clip((distances - self.low) / (self.high - self.low), 0.0, 1.0)
+
+
+def fit_kmeans(embeddings: ArrayLike, n_clusters: int = 50) -> KMeansScale:
+    """MiniBatchKMeans (Sculley 2010) with min(n_clusters, N) clusters, batches of 512, 3 starts and seed 42.
+
+    Args: embeddings (N, D). An empty pool gives no centroids and the range [0, 0].
+    Raises: InputInvalid for NaN, wrong shape or n_clusters < 1.
+    """
+    points = as_embeddings(embeddings)
+    clusters = min(as_count(n_clusters, "n_clusters"), len(points))
+    if not clusters:
+        return KMeansScale(points, 0.0, 0.0)
+    # One thread: batches of 512 gain nothing from two, and OpenMP threads that spin beside a training cost 10x.
+    with threadpool_limits(limits=1):
+        model = MiniBatchKMeans(n_clusters=clusters, batch_size=512, n_init=3, random_state=42).fit(points)
+    centroids: Floats = model.cluster_centers_
+    distances = nearest_distances(points, centroids)
+    low, high = float(distances.min()), float(distances.max())
+    if high - low <= _RELATIVE_NOISE * float(np.abs(points).max()):
+        high = low
+    return KMeansScale(centroids, low, high)
+
+
+def kmeans_distance(embeddings: ArrayLike, n_clusters: int = 50) -> Vector:
+    """Distance of each row to its own k-means centroid, min-max scaled over the rows. See `fit_kmeans`.
+
+    Args: embeddings (N, D).
+    Returns: (N,) in [0, 1], high = far from what is common; all distances equal (one row, exact duplicates): zeros.
+    Raises: InputInvalid for NaN, wrong shape or n_clusters < 1.
+    """
+    return fit_kmeans(embeddings, n_clusters).diversity(embeddings)
+
+
+def nearest_distances(embeddings: ArrayLike, anchors: ArrayLike) -> Vector:
+    """(M, D), (A, D) -> (M,) Euclidean distance to the nearest anchor; infinite without anchors.
+
+    Exact where it matters: a row equal to its anchor is at 0, which |x|^2 - 2xa + |a|^2 alone would miss.
+    """
+    points = as_embeddings(embeddings)
+    return np.sqrt(_nearest_squares(points, _beside(points, anchors, "anchors")))
+
+
+def _beside(points: Floats, others: ArrayLike | None, name: str) -> Floats:
+    """Rows of the same width as the points; no points have no width to compare with."""
+    return as_embeddings([] if others is None else others, name, points.shape[1] if len(points) else None)
+
+
+def _nearest_squares(points: Floats, others: Floats) -> Vector:
+    result = np.full(len(points), np.inf)
+    if not len(points) or not len(others):
+        return result
+    work, targets = _working(points, others)
+    squares = _squares(targets)
+    for rows in _blocks(len(points), max(len(others), points.shape[1])):
+        nearest = np.argmin(squares - 2 * (work[rows] @ targets.T), axis=1)
+        result[rows] = _squares((work[rows] - targets[nearest]).astype(np.float64))
+    return result
+
+
+# --- greedy walks ----------------------------------------------------------------------------------------------
+
+
+class _Candidates:
+    """Which rows a greedy walk may take: not twice, and near-duplicates only once nothing else is left."""
+
+    def __init__(self, size: int, duplicate_groups: ArrayLike | None, duplicates_of_labelled: ArrayLike | None) -> None:
+        self._groups = as_groups(duplicate_groups, size)
+        self._taken = np.zeros(size, dtype=np.bool_)
+        self.open = ~closed_rows(size, self._groups, as_mask(duplicates_of_labelled, size))
+
+    def ready(self) -> Booleans:
+        """The open rows; when all are closed, every row that is not taken opens again."""
+        if not self.open.any():
+            self.open = ~self._taken
+        return self.open
+
+    def take(self, position: int) -> None:
+        self._taken[position] = True
+        self.open[position] = False
+        if self._groups is not None:
+            self.open[self._groups == self._groups[position]] = False
+
+
+def closed_rows(size: int, groups: Integers | None, duplicates_of_labelled: Booleans | None) -> Booleans:
+    """(N,) rows that count as taken from the start: near-duplicates of labelled images and all of their groups."""
+    if duplicates_of_labelled is None:
+        return np.zeros(size, dtype=np.bool_)
+    if groups is None:
+        return duplicates_of_labelled.copy()
+    return np.isin(groups, groups[duplicates_of_labelled])
+
+
+@dataclass(frozen=True, eq=False)
+class KCenterWalk:
+    """positions (K,) as picked; pick_distances (K,), each to the nearest point labelled or picked before it (infinite
+    for the first pick without labelled points); distances (N,) of all rows after the last pick."""
+
+    positions: Integers
+    pick_distances: Vector
+    distances: Vector
+
+
+def walk_k_center(
+    embeddings: ArrayLike,
+    k: int,
+    labelled: ArrayLike | None = None,
+    duplicate_groups: ArrayLike | None = None,
+    duplicates_of_labelled: ArrayLike | None = None,
+) -> KCenterWalk:
+    """`k_center` with its distances; rows of groups already taken (or labelled) wait until nothing else is left."""
+    points = as_embeddings(embeddings)
+    anchors = _beside(points, labelled, "labelled")
+    picks = min(as_count(k, "k"), len(points))
+    candidates = _Candidates(len(points), duplicate_groups, duplicates_of_labelled)
+    (work,) = _working(points)
+    squares = _squares(work)
+    nearest = _nearest_squares(points, anchors).astype(work.dtype)  # squares rank alike, and keep exact ties exact
+    positions = np.zeros(picks, dtype=np.int64)
+    pick_distances = np.zeros(picks)
+    for turn in range(picks):
+        best = int(np.argmax(np.where(candidates.ready(), nearest, -1)))
+        positions[turn], pick_distances[turn] = best, math.sqrt(nearest[best])
+        candidates.take(best)
+        distances = squares - 2 * (work @ work[best]) + squares[best]
+        np.minimum(nearest, np.maximum(distances, 0, out=distances), out=nearest)
+        nearest[best] = 0
+    return KCenterWalk(positions, pick_distances, np.sqrt(nearest.astype(np.float64)))
+
+
+def k_center(embeddings: ArrayLike, k: int, labelled: ArrayLike | None = None) -> Integers:
+    """Greedy core-set (Sener & Savarese 2018): again and again the row farthest from all labelled and picked points.
+
+    Args: embeddings (N, D); k >= 1; labelled (L, D) or None. Euclidean distance, ties to the lowest position; without
+        labelled points all distances start infinite, so position 0 is the first pick.
+    Returns: (min(k, N),) distinct positions in the order picked, even among exact duplicates; an empty pool gives (0,).
+    Raises: InputInvalid for NaN, wrong shape, another width or k < 1.
+    """
+    return walk_k_center(embeddings, k, labelled).positions
+
+
+@dataclass(frozen=True, eq=False)
+class CoverageWalk:
+    """positions (K,) as picked; gains (K,), what each added to the covered utility; the kernel's bandwidth h."""
+
+    positions: Integers
+    gains: Vector
+    bandwidth: float
+
+
+def walk_coverage(
+    embeddings: ArrayLike,
+    k: int,
+    utilities: ArrayLike | None = None,
+    labelled: ArrayLike | None = None,
+    duplicate_groups: ArrayLike | None = None,
+    duplicates_of_labelled: ArrayLike | None = None,
+    max_references: int = 20_000,
+    seed: int = 42,
+) -> CoverageWalk:
+    """`coverage` with its gains; rows of groups already taken (or labelled) wait until nothing else is left."""
+    points = unit_rows(as_embeddings(embeddings))
+    anchors = unit_rows(_beside(points, labelled, "labelled"))
+    picks = min(as_count(k, "k"), len(points))
+    candidates = _Candidates(len(points), duplicate_groups, duplicates_of_labelled)
+    weights = _coverage_weights(utilities, len(points))
+    references = _references(weights, as_count(max_references, "max_references"), seed)
+    bandwidth = coverage_bandwidth(anchors)
+    covered = best_kernel(points[references], anchors, bandwidth)
+    gains = _LazyGains(_Kernel(points, points[references], bandwidth), weights[references], covered)
+    positions = np.zeros(picks, dtype=np.int64)
+    pick_gains = np.zeros(picks)
+    for turn in range(picks):
+        best, pick_gains[turn] = gains.best(candidates.ready())
+        positions[turn] = best
+        candidates.take(best)
+        gains.pick(best)
+    return CoverageWalk(positions, pick_gains, bandwidth)
+
+
+def coverage(
+    embeddings: ArrayLike,
+    k: int,
+    utilities: ArrayLike | None = None,
+    labelled: ArrayLike | None = None,
+    *,
+    max_references: int = 20_000,
+    seed: int = 42,
+) -> Integers:
+    """Greedy weighted facility location over a Gaussian kernel (MaxHerding, ECCV 2024; weighted: UHerding, ICLR 2025).
+
+    x* = argmax_x sum_j U_j max(0, k(x, j) - m_j), then m_j <- max(m_j, k(x*, j)), with k(x, j) = exp(-|x - j|^2 / h^2)
+    on L2-normalised embeddings (a zero row stays zero) and h from `coverage_bandwidth`. Labelled points cover, with no
+    weight of their own. Lazy greedy (Minoux 1978): gains only fall, so only rows near the top are computed again.
+
+    Args: embeddings (N, D); k >= 1; utilities (N,) >= 0 or None for equal weights (all zero counts as equal);
+        labelled (L, D) or None; at most max_references rows j with weight, drawn by `seed` when there are more.
+    Returns: (min(k, N),) distinct positions in the order picked (every prefix is what a smaller k gives; ties go to the
+        lowest position up to rounding); an empty pool gives (0,).
+    Raises: InputInvalid for NaN, wrong shape, another width, negative utilities or k < 1.
+    """
+    return walk_coverage(embeddings, k, utilities, labelled, max_references=max_references, seed=seed).positions
+
+
+def coverage_bandwidth(labelled: ArrayLike) -> float:
+    """h: the median distance of a labelled point to its nearest other one, on L2-normalised rows (L, D).
+
+    1 with fewer than two labelled points; when most are exact duplicates, the median of the positive distances (1 when
+    there are none); never below 0.01.
+    """
+    (points,) = _working(unit_rows(as_embeddings(labelled, "labelled")))
+    if len(points) < 2:
+        return 1.0
+    distances = _distances_to_next(points)
+    median = float(np.median(distances))
+    if median <= _RELATIVE_NOISE:
+        positive = distances[distances > _RELATIVE_NOISE]
+        median = float(np.median(positive)) if len(positive) else 1.0
+    return max(median, _SMALLEST_BANDWIDTH)
+
+
+def _distances_to_next(points: Floats) -> Vector:
+    nearest = np.zeros(len(points), dtype=np.int64)
+    squares = _squares(points)
+    for rows in _blocks(len(points), len(points)):
+        distances = squares - 2 * (points[rows] @ points.T)  # + |x|^2, the same along a row
+        distances[np.arange(len(distances)), np.arange(len(points))[rows]] = np.inf  # nobody is its own neighbour
+        nearest[rows] = distances.argmin(axis=1)
+    result: Vector = np.linalg.norm((points - points[nearest]).astype(np.float64), axis=1)
+    return result
+
+
+def best_kernel(embeddings: ArrayLike, anchors: ArrayLike, bandwidth: float) -> Vector:
+    """(M, D), (A, D) -> (M,) max_a k(x, a) in [0, 1] on L2-normalised rows: how covered x is; 0 without anchors."""
+    distances = nearest_distances(unit_rows(as_embeddings(embeddings)), unit_rows(as_embeddings(anchors, "anchors")))
+    result: Vector = np.exp(-((distances / bandwidth) ** 2))
+    return result
+
+
+def _coverage_weights(utilities: ArrayLike | None, size: int) -> Vector:
+    weights = np.ones(size) if utilities is None else as_vector(utilities, "utilities", size, low=0.0)
+    return weights if weights.any() else np.ones(size)
+
+
+def _references(weights: Vector, limit: int, seed: int) -> Integers:
+    weighty = np.flatnonzero(weights)  # a row without weight can not gain from being covered
+    if len(weighty) <= limit:
+        return weighty
+    return np.sort(np.random.default_rng(seed).choice(weighty, size=limit, replace=False))
+
+
+class _Kernel:
+    """Rows of the (N, R) Gaussian kernel, computed when asked for: at 80,000 x 20,000 it would not fit in memory."""
+
+    def __init__(self, points: Floats, references: Floats, bandwidth: float) -> None:
+        work, targets = _working(points, references)
+        # One product gives the whole exponent: (2 x.r - |x|^2 - |r|^2) / h^2.
+        scale = np.asarray(bandwidth**-2, work.dtype)
+        self._left = np.column_stack([work, _squares(work), np.ones(len(work), work.dtype)])
+        self._right = np.column_stack([2 * targets, -np.ones(len(targets), work.dtype), -_squares(targets)]).T * scale
+        self.size = len(work)
+        self.width = len(targets)
+        self.dtype = work.dtype
+
+    def rows(self, positions: Integers | slice) -> Floats:
+        exponents = self._left[positions] @ self._right
+        np.minimum(exponents, 0, out=exponents)
+        return np.exp(exponents, out=exponents)
+
+
+class _LazyGains:
+    """Upper bounds on what each row would still add; brought up to date only for rows that may be the best."""
+
+    _FIRST, _LARGEST = 16, 512  # rows brought up to date at once: few when the first guess is right, more when not
+
+    def __init__(self, kernel: _Kernel, weights: Vector, covered: Vector) -> None:
+        self._kernel = kernel
+        self._weights = weights.astype(kernel.dtype)
+        self._covered = covered.astype(kernel.dtype)
+        self._bounds = np.zeros(kernel.size)
+        self._fresh = np.ones(kernel.size, dtype=np.bool_)
+        for rows in _blocks(kernel.size, kernel.width):
+            self._bounds[rows] = self._gains(rows)
+
+    def best(self, allowed: Booleans) -> tuple[int, float]:
+        """The allowed row of the largest gain, and that gain."""
+        step = self._FIRST
+        while True:
+            bounds = np.where(allowed, self._bounds, -1.0)
+            best = int(bounds.argmax())
+            if self._fresh[best] or bounds[best] <= 0:
+                return best, float(bounds[best])
+            floor = bounds[self._fresh].max(initial=0.0)
+            stale = np.flatnonzero((bounds >= floor) & ~self._fresh)
+            if len(stale) > step:
+                stale = stale[np.argpartition(-bounds[stale], step)[:step]]
+            self._update(stale)
+            step = min(2 * step, self._LARGEST)
+
+    def pick(self, position: int) -> None:
+        np.maximum(self._covered, self._kernel.rows(np.array([position]))[0], out=self._covered)
+        self._fresh[:] = False
+
+    def _update(self, positions: Integers) -> None:
+        for rows in _blocks(len(positions), self._kernel.width):
+            chosen = positions[rows]
+            # Bounds never rise, so rounding can not make a row look better than it was.
+            self._bounds[chosen] = np.minimum(self._bounds[chosen], self._gains(chosen))
+        self._fresh[positions] = True
+
+    def _gains(self, rows: Integers | slice) -> Vector:
+        added = self._kernel.rows(rows)
+        added -= self._covered
+        np.maximum(added, 0, out=added)
+        return (added @ self._weights).astype(np.float64)
+
+
+# --- near-duplicates -------------------------------------------------------------------------------------------
+
+
+def near_duplicate_groups(embeddings: ArrayLike, threshold: float = 0.99) -> Integers:
+    """Connected components of "cosine > threshold": if a is like b and b like c, all three are one group.
+
+    Args: embeddings (N, D); threshold in [-1, 1]; 1 groups nothing, as no cosine exceeds it. A zero row has no
+        direction and is alone.
+    Returns: (N,) group ids 0, 1, 2... numbered by first appearance; an empty pool gives (0,).
+    Raises: InputInvalid for NaN, wrong shape or another threshold.
+    Memory: blocks of 4 million cosines; time O(N^2 D).
+    """
+    limit = _threshold(threshold)
+    (points,) = _working(unit_rows(as_embeddings(embeddings)), centre=False)
+    groups = np.arange(len(points))
+    if limit >= 1:
+        return groups
+    side = math.isqrt(_BLOCK)
+    for row in range(0, len(points), side):
+        for column in range(row, len(points), side):
+            close = points[row : row + side] @ points[column : column + side].T > limit
+            if close.any():
+                first, second = np.nonzero(close)
+                groups = _joined(groups, first + row, second + column)
+    return _numbered_by_appearance(groups)
+
+
+def near_duplicates_of_labelled(embeddings: ArrayLike, labelled: ArrayLike, threshold: float = 0.99) -> Booleans:
+    """(N, D), (L, D) -> (N,) whether a row's cosine with any labelled row exceeds the threshold."""
+    limit = _threshold(threshold)
+    points = as_embeddings(embeddings)
+    others = _beside(points, labelled, "labelled")
+    work, targets = _working(unit_rows(points), unit_rows(others), centre=False)
+    result = np.zeros(len(points), dtype=np.bool_)
+    if limit >= 1:
+        return result
+    for rows in _blocks(len(points), len(others)):
+        result[rows] = (work[rows] @ targets.T > limit).any(axis=1)
+    return result
+
+
+def unit_rows(embeddings: Floats) -> Floats:
+    """(N, D) with each row divided by its length; a row of zeros stays zero."""
+    lengths = np.sqrt(np.einsum("ij,ij->i", embeddings, embeddings, dtype=np.float64))[:, None]
+    result: Floats = np.divide(embeddings, lengths, where=lengths > 0, out=np.zeros(embeddings.shape, embeddings.dtype))
+    return result
+
+
+def _threshold(threshold: float) -> float:
+    return float(as_vector([threshold], "threshold", 1, -1.0, 1.0)[0])
+
+
+def _joined(groups: Integers, first: Integers, second: Integers) -> Integers:
+    one, other = groups[first], groups[second]
+    apart = one != other
+    if not apart.any():
+        return groups
+    size = len(groups)
+    edges = coo_array((np.ones(int(apart.sum()), dtype=np.bool_), (one[apart], other[apart])), shape=(size, size))
+    labels = connected_components(edges, directed=False)[1].astype(np.int64)
+    result: Integers = labels[groups]
+    return result
+
+
+def _numbered_by_appearance(groups: Integers) -> Integers:
+    _, first, inverse = np.unique(groups, return_index=True, return_inverse=True)
+    numbers = np.empty(len(first), dtype=np.int64)
+    numbers[np.argsort(first)] = np.arange(len(first))
+    return numbers[inverse]
+
+
+# --- arithmetic ------------------------------------------------------------------------------------------------
+
+
+def _working(*matrices: Floats, centre: bool = True) -> tuple[Floats, ...]:
+    """Small matrices in float64, where small examples are exact; large ones in float32 around their common centre.
+
+    |x|^2 - 2xy + |y|^2 loses digits when all points lie far from 0 and near each other; distances do not change when
+    the points move, so the mean of the first matrix is taken off. Cosines do change: `centre=False` for those.
+    """
+    if sum(matrix.size for matrix in matrices) <= _SMALL:
+        return tuple(matrix.astype(np.float64, copy=False) for matrix in matrices)
+    if not centre or not len(matrices[0]):
+        return tuple(matrix.astype(np.float32, copy=False) for matrix in matrices)
+    middle = matrices[0].mean(axis=0, dtype=np.float64)
+    return tuple((matrix - middle.astype(matrix.dtype)).astype(np.float32, copy=False) for matrix in matrices)
+
+
+def _squares(matrix: Floats) -> Floats:
+    result: Floats = np.einsum("ij,ij->i", matrix, matrix)
+    return result
+
+
+def _blocks(rows: int, width: int) -> Iterator[slice]:
+    step = max(1, _BLOCK // max(width, 1))
+    return (slice(start, min(start + step, rows)) for start in range(0, rows, step))

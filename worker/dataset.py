@@ -1,0 +1,476 @@
+"""Annotations -> a YOLO dataset on disk, in which nothing is lost in silence.
+
+    <folder>/data.yaml            path, train: images, val: images, names (class id = position in the label config)
+    <folder>/images/<task id>.jpg|png
+    <folder>/labels/<task id>.txt  "class x y width height", 0..1; an empty file is a background image
+    <folder>/unlabelled/           of a holdout: images nobody has labelled yet, which no evaluation may read
+
+The trainer drops an image for one bad coordinate, rewrites files it dislikes, and turns images by their EXIF: so labels
+are clipped, images are stored in the displayed frame in a form it leaves alone, and what cannot be used is left out
+here, with its reason.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import shutil
+import struct
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import yaml
+from numpy.typing import NDArray
+from PIL import ExifTags, Image
+
+from worker.boxes import Boxes, LabelMap, percent_to_yolo
+from worker.errors import DatasetUnusable, ImageUnusable
+from worker.images import MAX_PIXELS, orientation_of, read_image, to_rgb, upright
+
+MIN_SIDE = 10  # pixels; the trainer drops smaller images with a line in its log
+MIN_BOX = 1e-6  # of the image: what the label file's decimals can hold
+_JPEG_END = b"\xff\xd9"  # a JPEG that does not end here is rewritten by the trainer
+_OLDEST = datetime.min.replace(tzinfo=UTC)
+
+T = TypeVar("T")
+Fetch = Callable[[int], bytes]
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class TaskTruth:
+    """What one task's chosen annotation says.
+
+    Attributes:
+        task_id: Label Studio's.
+        boxes_yolo: (n, 4), 0..1, inside the image, none without area; n = 0 is a background image.
+        class_ids: (n,), positions in `LabelMap.labels`.
+        annotation_id: of the annotation chosen, or None when the export does not say.
+        updated_at: of that annotation, aware, or None.
+        lead_time: seconds the annotator spent, or None.
+        width: of the image as Label Studio showed it, or None when no region says.
+        height: as width.
+        skipped: reason -> number of regions that became no box.
+    """
+
+    task_id: int
+    boxes_yolo: Boxes
+    class_ids: NDArray[np.int64]
+    annotation_id: int | None = None
+    updated_at: datetime | None = None
+    lead_time: float | None = None
+    width: int | None = None
+    height: int | None = None
+    skipped: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class DatasetReport:
+    """What `write_dataset` wrote.
+
+    Attributes:
+        yaml: the data.yaml for the trainer.
+        n_images: written, background images included.
+        n_boxes: written.
+        boxes_per_class: class name -> boxes, every name present.
+        n_background: images without a box.
+        left_out: task id -> why its image is not there.
+    """
+
+    yaml: Path
+    n_images: int
+    n_boxes: int
+    boxes_per_class: Mapping[str, int]
+    n_background: int
+    left_out: Mapping[int, str]
+
+
+@dataclass(frozen=True)
+class HoldoutReport:
+    """What `write_holdout` wrote.
+
+    Attributes:
+        yaml: a data.yaml whose train and val are the labelled holdout images.
+        paths: task id -> image file, labelled or not.
+        n_labelled: images with a label file (an empty one for background).
+        n_boxes: in those label files.
+        left_out: task id -> why its image is not there.
+    """
+
+    yaml: Path
+    paths: Mapping[int, Path]
+    n_labelled: int
+    n_boxes: int
+    left_out: Mapping[int, str]
+
+
+def truth_of(task: Mapping[str, Any], label_map: LabelMap) -> TaskTruth | None:
+    """The truth of a task of Label Studio's JSON export, or None when nobody has labelled it.
+
+    ONE annotation counts: a ground truth before others, then the one updated last, then the highest id. Skipped
+    (cancelled) annotations never count. An annotation without regions says that the image is background.
+
+    Regions that become no box are counted in `skipped`: another control or image, not a rectangle, a label that is
+    not in the config (any more), a rotation without the image's size, coordinates that are none, no area.
+
+    Raises:
+        DatasetUnusable: the task has no id: this is not Label Studio's JSON export.
+    """
+    task_id = _integer(task.get("id"))
+    if task_id is None:
+        raise DatasetUnusable(
+            f"a task has no id (it has {sorted(map(str, task))[:12]}): this is not Label Studio's JSON export."
+        )
+    annotation = _chosen(task.get("annotations"))
+    if annotation is None:
+        return None
+    boxes: list[Boxes] = []
+    class_ids: list[int] = []
+    skipped: Counter[str] = Counter()
+    size: tuple[int, int] | None = None
+    for region in annotation["result"]:
+        reason = _why_not(region, label_map)
+        if reason is None:
+            size = size or _size(region)
+            found = _read_region(region, label_map, skipped)
+            boxes.extend(box for box, _ in found)
+            class_ids.extend(class_id for _, class_id in found)
+        else:
+            skipped[reason] += 1
+    return TaskTruth(
+        task_id=task_id,
+        boxes_yolo=np.array(boxes, dtype=np.float64).reshape(-1, 4),
+        class_ids=np.array(class_ids, dtype=np.int64),
+        annotation_id=_integer(annotation.get("id")),
+        updated_at=_updated_at(annotation),
+        lead_time=_seconds(annotation.get("lead_time")),
+        width=size[0] if size else None,
+        height=size[1] if size else None,
+        skipped=dict(skipped),
+    )
+
+
+def write_dataset(
+    folder: Path,
+    truths: Sequence[TaskTruth],
+    names: Sequence[str],
+    fetch: Fetch,
+    progress: Progress | None = None,
+    max_pixels: int = MAX_PIXELS,
+) -> DatasetReport:
+    """Writes a training dataset into `folder`, replacing what was there once it is complete.
+
+    Args:
+        folder: made if need be; its old content is gone afterwards.
+        truths: one of each task.
+        names: class id -> name: `LabelMap.labels`.
+        fetch: task id -> image bytes. `ImageUnusable` leaves that one image out; other errors end the writing.
+        progress: called with (images done, images in all).
+        max_pixels: an image with more is left out.
+
+    Raises:
+        DatasetUnusable: no truth, no usable image, or not one box.
+        ValueError: a class id that `names` does not have.
+    """
+    if not truths:
+        raise DatasetUnusable("No task is labelled yet. Label some, then start a round.")
+    left_out: dict[int, str] = {}
+    written: list[TaskTruth] = []
+    with _fresh(folder) as fresh:
+        for truth in _with_progress(truths, progress):
+            try:
+                _write_image(fresh / "images", truth.task_id, fetch(truth.task_id), max_pixels)
+            except ImageUnusable as error:
+                left_out[truth.task_id] = str(error)
+                continue
+            _write_labels(fresh / "labels", truth, len(names))
+            written.append(truth)
+        _check_learnable(written, left_out)
+        _write_yaml(fresh, folder, names)
+    class_ids = np.concatenate([truth.class_ids for truth in written])
+    counts = np.bincount(class_ids, minlength=len(names))
+    return DatasetReport(
+        yaml=folder.resolve() / "data.yaml",
+        n_images=len(written),
+        n_boxes=len(class_ids),
+        boxes_per_class={name: int(count) for name, count in zip(names, counts, strict=True)},
+        n_background=sum(len(truth.class_ids) == 0 for truth in written),
+        left_out=left_out,
+    )
+
+
+def write_holdout(
+    folder: Path,
+    task_ids: Sequence[int],
+    truths: Iterable[TaskTruth],
+    names: Sequence[str],
+    fetch: Fetch,
+    progress: Progress | None = None,
+    max_pixels: int = MAX_PIXELS,
+) -> HoldoutReport:
+    """Writes the holdout's images into `folder` as `write_dataset` does; those without a truth apart from the others.
+
+    Args:
+        folder: made if need be; its old content is gone afterwards.
+        task_ids: the whole holdout.
+        truths: of those that are labelled; truths of other tasks are ignored.
+        names: class id -> name: `LabelMap.labels`.
+        fetch: task id -> image bytes. `ImageUnusable` leaves that one image out; other errors end the writing.
+        progress: called with (images done, images in all).
+        max_pixels: an image with more is left out.
+
+    Raises:
+        ValueError: a class id that `names` does not have.
+    """
+    truth_by_task = {truth.task_id: truth for truth in truths}
+    left_out: dict[int, str] = {}
+    places: dict[int, Path] = {}
+    labelled: list[TaskTruth] = []
+    with _fresh(folder) as fresh:
+        for task_id in _with_progress(task_ids, progress):
+            truth = truth_by_task.get(task_id)
+            place = "unlabelled" if truth is None else "images"
+            try:
+                name = _write_image(fresh / place, task_id, fetch(task_id), max_pixels)
+            except ImageUnusable as error:
+                left_out[task_id] = str(error)
+                continue
+            places[task_id] = folder.resolve() / place / name
+            if truth is not None:
+                _write_labels(fresh / "labels", truth, len(names))
+                labelled.append(truth)
+        _write_yaml(fresh, folder, names)
+    return HoldoutReport(
+        yaml=folder.resolve() / "data.yaml",
+        paths=places,
+        n_labelled=len(labelled),
+        n_boxes=sum(len(truth.class_ids) for truth in labelled),
+        left_out=left_out,
+    )
+
+
+def storable(content: bytes, max_pixels: int = MAX_PIXELS) -> tuple[bytes, str]:
+    """An image as the trainer will leave it alone: bytes and suffix, in the displayed frame, without orientation.
+
+    The bytes are the ones given unless something must change: an orientation, a mode other than RGB and L, bytes
+    after a JPEG's end, a checksum that fails, or a format other than JPEG and PNG. JPEG stays JPEG (quality 95, full
+    chroma); anything else becomes PNG, which loses nothing.
+
+    Raises:
+        ImageUnusable: cannot be decoded, or is smaller than 10 x 10 pixels.
+    """
+    image = read_image(content, max_pixels)
+    if min(image.size) < MIN_SIDE:
+        raise ImageUnusable(f"the image has {image.width} x {image.height} pixels; the trainer takes none below 10.")
+    is_jpeg = image.format in ("JPEG", "MPO")
+    suffix = ".jpg" if is_jpeg else ".png"
+    if _can_stay(image, content):
+        return content, suffix
+    pixels = to_rgb(upright(image))
+    pixels.info = {}  # Pillow would write some of it
+    file = io.BytesIO()
+    if is_jpeg:
+        pixels.save(file, "JPEG", quality=95, subsampling=0)
+    else:
+        pixels.save(file, "PNG")
+    return file.getvalue(), suffix
+
+
+def _can_stay(image: Image.Image, content: bytes) -> bool:
+    if image.mode not in ("RGB", "L") or image.format not in ("JPEG", "MPO", "PNG"):
+        return False
+    if orientation_of(image) != 1 or _may_turn_trainer(image):
+        return False
+    if image.format != "PNG":
+        return content.endswith(_JPEG_END)
+    return _passes_verify(content)
+
+
+def _may_turn_trainer(image: Image.Image) -> bool:
+    """Whether Pillow's getexif, which the trainer asks and which believes XMP too, says "turn" or cannot be read."""
+    try:
+        return bool(image.getexif().get(ExifTags.Base.Orientation, 1) != 1)
+    except (SyntaxError, ValueError, KeyError, TypeError, OSError, struct.error):
+        return True
+
+
+def _passes_verify(content: bytes) -> bool:
+    """Whether Pillow's `verify`, stricter than decoding, passes: the trainer drops a PNG with one bad checksum."""
+    try:
+        with Image.open(io.BytesIO(content)) as image:
+            image.verify()
+    except Exception:  # noqa: BLE001  the pixels are decoded already; whatever it minds, we write the file anew
+        return False
+    return True
+
+
+def _write_image(folder: Path, task_id: int, content: bytes, max_pixels: int) -> str:
+    stored, suffix = storable(content, max_pixels)
+    name = f"{task_id}{suffix}"
+    (folder / name).write_bytes(stored)
+    return name
+
+
+def _write_labels(folder: Path, truth: TaskTruth, n_classes: int) -> None:
+    if len(truth.class_ids) and not 0 <= truth.class_ids.min() <= truth.class_ids.max() < n_classes:
+        raise ValueError(f"task {truth.task_id} has class ids {sorted(set(truth.class_ids.tolist()))} of {n_classes}")
+    lines = [
+        f"{class_id} " + " ".join(f"{side:.8f}" for side in box)
+        for class_id, box in zip(truth.class_ids, np.clip(truth.boxes_yolo, 0, 1), strict=True)
+    ]
+    (folder / f"{truth.task_id}.txt").write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+
+
+def _write_yaml(fresh: Path, folder: Path, names: Sequence[str]) -> None:
+    """`val` is `train`: the trainer wants one, and the holdout must never be it."""
+    content = {"path": str(folder.resolve()), "train": "images", "val": "images", "names": dict(enumerate(names))}
+    text = yaml.safe_dump(content, allow_unicode=True, sort_keys=False)
+    (fresh / "data.yaml").write_text(text, encoding="utf-8")
+
+
+def _check_learnable(written: Sequence[TaskTruth], left_out: Mapping[int, str]) -> None:
+    if not written:
+        task_id, reason = next(iter(left_out.items()))
+        raise DatasetUnusable(f"None of {len(left_out)} labelled images can be used. Task {task_id}: {reason}")
+    if not any(len(truth.class_ids) for truth in written):
+        raise DatasetUnusable(
+            f"There is no box in {len(written)} labelled images, so there is nothing to detect yet. "
+            "Label images that show something."
+        )
+
+
+@contextmanager
+def _fresh(folder: Path) -> Iterator[Path]:
+    """A new folder beside `folder` that takes its place when the block ends well, and is removed when not."""
+    folder = folder.resolve()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    fresh = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        for place in ("images", "labels", "unlabelled"):
+            (fresh / place).mkdir()
+        yield fresh
+        if not any((fresh / "unlabelled").iterdir()):
+            (fresh / "unlabelled").rmdir()
+        if folder.exists():
+            shutil.rmtree(folder)
+        fresh.chmod(0o755)  # mkdtemp's 700 would keep another user's trainer out
+        os.replace(fresh, folder)
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+
+
+def _with_progress(items: Sequence[T], progress: Progress | None) -> Iterator[T]:
+    for done, item in enumerate(items):
+        yield item
+        if progress is not None:
+            progress(done + 1, len(items))
+
+
+def _chosen(annotations: object) -> Mapping[str, Any] | None:
+    if not isinstance(annotations, list):
+        return None
+    usable = [
+        annotation
+        for annotation in annotations
+        if isinstance(annotation, dict)
+        and isinstance(annotation.get("result"), list)
+        and not annotation.get("was_cancelled")
+    ]
+    return max(usable, key=_rank, default=None)
+
+
+def _rank(annotation: Mapping[str, Any]) -> tuple[bool, datetime, int]:
+    return (
+        bool(annotation.get("ground_truth")),
+        _updated_at(annotation) or _OLDEST,
+        _integer(annotation.get("id")) or 0,
+    )
+
+
+def _why_not(region: object, label_map: LabelMap) -> str | None:
+    if not isinstance(region, dict):
+        return "not a region"
+    if region.get("from_name") != label_map.from_name:
+        return "another control"
+    if region.get("to_name") != label_map.to_name:
+        return "another image"
+    if region.get("type") != "rectanglelabels" or not isinstance(region.get("value"), dict):
+        return "not a rectangle"
+    return None
+
+
+def _read_region(region: Mapping[str, Any], label_map: LabelMap, skipped: Counter[str]) -> list[tuple[Boxes, int]]:
+    """(box_yolo, class id) for each label of a rectangle; usually one."""
+    labels = region["value"].get("rectanglelabels")
+    class_ids = label_map.class_ids
+    found = []
+    for label in labels if isinstance(labels, list) and labels else [None]:
+        if not isinstance(label, str) or label not in class_ids:
+            skipped["no label" if label is None else f"label {str(label)[:60]!r} is not in the config"] += 1
+            continue
+        box, reason = _box_of(region)
+        if box is None:
+            skipped[reason] += 1
+            continue
+        found.append((box, class_ids[label]))
+    return found
+
+
+def _box_of(region: Mapping[str, Any]) -> tuple[Boxes | None, str]:
+    """The box (4,) of a rectangle, or None and why."""
+    value = region["value"]
+    sides = [number for name in ("x", "y", "width", "height") if (number := _number(value.get(name))) is not None]
+    rotation = _number(value.get("rotation") or 0)
+    if rotation is None or len(sides) != 4:
+        return None, "coordinates that are not numbers"
+    size = _size(region)
+    if rotation % 360 and size is None:
+        return None, "rotated, and the size of the image is not given"
+    width, height = size or (100, 100)
+    box = percent_to_yolo([sides], width, height, [rotation])[0]
+    if min(box[2], box[3]) < MIN_BOX:
+        return None, "no area inside the image"
+    return box, ""
+
+
+def _size(region: Mapping[str, Any]) -> tuple[int, int] | None:
+    width, height = _integer(region.get("original_width")), _integer(region.get("original_height"))
+    return (width, height) if width and height and width > 0 and height > 0 else None
+
+
+def _updated_at(annotation: Mapping[str, Any]) -> datetime | None:
+    for key in ("updated_at", "created_at"):
+        value = annotation.get(key)
+        if not isinstance(value, str):
+            continue
+        try:
+            parsed = datetime.fromisoformat(value)
+        except ValueError:
+            continue
+        return parsed if parsed.tzinfo else parsed.replace(tzinfo=UTC)
+    return None
+
+
+def _seconds(value: object) -> float | None:
+    seconds = _number(value)
+    return seconds if seconds is not None and seconds >= 0 else None
+
+
+def _number(value: object) -> float | None:
+    """A number, or None. Not booleans, NaN, or what no image has: integers too long for a float among them."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e9:
+        return None
+    return float(value)
+
+
+def _integer(value: object) -> int | None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 2**63:
+        return None
+    return int(value) if value == int(value) else None

@@ -1,0 +1,268 @@
+"""HardfirstModel: the one prediction path, whoever serves it: scoring shards, live predictions, or the stock server.
+
+Importing this loads torch (label_studio_ml does): only jobs import it, inside their functions.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from label_studio_ml.model import LabelStudioMLBase
+from numpy.typing import NDArray
+from PIL import Image
+from sqlalchemy import Row
+
+from strategies import late_utility
+from strategies.uncertainty import MEASURES, image_uncertainty
+from worker.artifacts import round_key
+from worker.boxes import LabelMap, to_regions
+from worker.descriptor import DESCRIPTOR_NAME, describe
+from worker.detector import Detector, ImageScore, prepare_ultralytics
+from worker.errors import BadRequest, ImageUnusable, LabelMismatch
+from worker.label_studio import PENDING_VERSION, published_score
+from worker.rounds import settings_of
+from worker.services import Services, from_environment
+from worker.settings import ProjectSettings
+from worker.store import get_project, get_round
+
+AT_ONCE = 16  # images in memory as pixels; the next ones are fetched and decoded meanwhile
+FETCHERS = 4
+
+
+@dataclass(frozen=True)
+class TaskScore:
+    """What one forward pass says about one task. `problem`: why there is nothing."""
+
+    task_id: int
+    regions: list[dict[str, Any]] = field(default_factory=list)
+    measures: Mapping[str, float] = field(default_factory=dict)
+    embedding: NDArray[np.float32] | None = None
+    problem: str | None = None
+
+
+class Scorer:
+    """One round's detector and what its boxes mean in one project; without weights, the descriptor."""
+
+    def __init__(self, services: Services, project: Row[Any], round_row: Row[Any]) -> None:
+        self.services = services
+        self.settings: ProjectSettings = settings_of(round_row)
+        self.label_map = LabelMap.from_config(project.label_config)
+        self.detector = _load_detector(services, round_row)
+        self.embedder = round_row.weights_sha256 or DESCRIPTOR_NAME
+        self.class_to_label = self._classes()
+
+    def _classes(self) -> dict[int, str]:
+        if self.detector is None:
+            return {}
+        try:
+            return self.label_map.classes_for(self.detector.names)
+        except LabelMismatch:  # a pretrained detector of other things: good for embeddings, draws no boxes
+            return {}
+
+    def score(
+        self, images: Sequence[tuple[int, str]], progress: Callable[[int], None] | None = None
+    ) -> Iterator[TaskScore]:
+        """Scores in the order of `images`, which are (task id, image reference) pairs.
+
+        A broken image gives a TaskScore with its reason. Label Studio away: LabelStudioUnavailable, so that no image
+        is taken for broken.
+        """
+        with ThreadPoolExecutor(FETCHERS, thread_name_prefix="fetch") as pool:
+            waiting = iter(images)
+            ahead: list[tuple[int, Future[Image.Image | str]]] = []
+            done = 0
+            while True:
+                for task_id, reference in islice(waiting, 2 * AT_ONCE - len(ahead)):
+                    ahead.append((task_id, pool.submit(self._open, task_id, reference)))
+                if not ahead:
+                    return
+                now, ahead = ahead[:AT_ONCE], ahead[AT_ONCE:]
+                yield from self._score_some([(task_id, future.result()) for task_id, future in now])
+                done += len(now)
+                if progress is not None:
+                    progress(done)
+
+    def _open(self, task_id: int, reference: str) -> Image.Image | str:
+        """The image, or why there is none."""
+        try:
+            return self.services.images.open({self.label_map.image_key: reference}, self.label_map.image_key, task_id)
+        except ImageUnusable as error:
+            return str(error)
+
+    def _score_some(self, opened: Sequence[tuple[int, Image.Image | str]]) -> Iterator[TaskScore]:
+        good = [(task_id, image) for task_id, image in opened if not isinstance(image, str)]
+        scored = dict(zip([task_id for task_id, _ in good], self._look([image for _, image in good]), strict=True))
+        for task_id, image in opened:
+            if isinstance(image, str):
+                yield TaskScore(task_id, problem=image)
+            else:
+                yield self._task_score(task_id, scored[task_id])
+
+    def _look(self, images: Sequence[Image.Image]) -> Sequence[ImageScore | NDArray[np.float32]]:
+        if self.detector is None:
+            return [describe(image) for image in images]
+        return self.detector.score(images, imgsz=self.settings.imgsz, confidence=self.confidence)
+
+    @property
+    def confidence(self) -> float:
+        """The label config's model_score_threshold wins over the setting."""
+        return self.label_map.score_threshold or self.settings.confidence
+
+    def _task_score(self, task_id: int, look: ImageScore | NDArray[np.float32]) -> TaskScore:
+        if not isinstance(look, ImageScore):
+            return TaskScore(task_id, measures=dict.fromkeys(MEASURES, 1.0), embedding=look)
+        drawn = look.confidences >= self.confidence
+        regions = to_regions(
+            self.label_map,
+            look.boxes_xyxy[drawn],
+            look.confidences[drawn],
+            look.class_ids[drawn],
+            self.class_to_label,
+            look.width,
+            look.height,
+        )
+        return TaskScore(task_id, regions, self._measures(look), look.embedding)
+
+    def _measures(self, look: ImageScore) -> dict[str, float]:
+        rows = look.probabilities
+        if not len(rows):
+            rows = look.best_candidate[None, :]
+        return {name: image_uncertainty(rows, name) for name in MEASURES}
+
+
+def _load_detector(services: Services, round_row: Row[Any]) -> Detector | None:
+    if round_row.weights is None:
+        return None
+    prepare_ultralytics(services.ultralytics_dir)
+    path = services.artifacts.local(round_row.weights, round_row.weights_sha256)
+    return Detector.load(path, services.settings.device, expected_sha256=round_row.weights_sha256)
+
+
+class ScorerCache:
+    """The scorers this process used last, so that the model stays loaded. Another label config makes another scorer."""
+
+    def __init__(self, size: int = 4) -> None:
+        self._size = size
+        self._lock = threading.Lock()
+        self._scorers: dict[tuple[Any, ...], Scorer] = {}
+
+    def get(self, services: Services, project: Row[Any], round_row: Row[Any]) -> Scorer:
+        key = (project.id, round_row.id, round_row.weights_sha256, project.label_config, round_row.settings)
+        with self._lock:
+            scorer = self._scorers.pop(key, None) or Scorer(services, project, round_row)
+            self._scorers[key] = scorer
+            while len(self._scorers) > self._size:
+                self._scorers.pop(next(iter(self._scorers)))
+        return scorer
+
+
+SCORERS = ScorerCache()
+
+
+class HardfirstModel(LabelStudioMLBase):  # type: ignore[misc]  # label_studio_ml is untyped
+    """The model behind every prediction. The stock label-studio-ml server can serve it too; training is the loop's.
+
+    The project is taken from the tasks, as in label-studio-ml 1.0.9.
+    """
+
+    def __init__(
+        self,
+        label_config: str | None = None,
+        train_output: Mapping[str, Any] | None = None,
+        services: Services | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(label_config=label_config, train_output=train_output, **kwargs)
+        self.services = services or from_environment("worker")
+
+    def predict(self, tasks: Sequence[Mapping[str, Any]], **kwargs: Any) -> list[dict[str, Any]]:
+        """One prediction per task, of the version that is published.
+
+        Args:
+            tasks: Label Studio's tasks: id, project, data.
+
+        Returns:
+            per task {"result": regions, "score": published_score, "model_version"}, with "problem" where there is one.
+
+        Raises:
+            BadRequest: tasks of several projects, or none named.
+            NotFound: the project is not connected.
+        """
+        if not tasks:
+            return []
+        project_id = _project_of(tasks)
+        with self.services.store.read() as connection:
+            project = get_project(connection, project_id)
+            round_row = (
+                get_round(connection, project.published_round_id) if project.published_round_id is not None else None
+            )
+        if round_row is None:
+            return [_answer([], 1.0, PENDING_VERSION, "the first batch is not published yet") for _ in tasks]
+        return self._predict(project, round_row, tasks)
+
+    def _predict(self, project: Row[Any], round_row: Row[Any], tasks: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        scorer = SCORERS.get(self.services, project, round_row)
+        key = scorer.label_map.image_key
+        images = [(int(task["id"]), str((task.get("data") or {}).get(key) or "")) for task in tasks]
+        scores = list(scorer.score(images))
+        utilities = late_utilities(self.services, round_row, scores)
+        version = str(project.published_version)
+        return [
+            _answer(score.regions, published_score(None, utility, 1), version, score.problem, score, utility)
+            for score, utility in zip(scores, utilities, strict=True)
+        ]
+
+
+def late_utilities(services: Services, round_row: Row[Any], scores: Sequence[TaskScore]) -> list[float]:
+    """Utilities of tasks scored after the round's selection, on the scale that selection kept. No score: 0."""
+    usable = [score for score in scores if score.embedding is not None]
+    if not usable:
+        return [0.0 for _ in scores]
+    kept, note = services.artifacts.get_arrays(selection_key(round_row))
+    late = {**note["late"], **kept}
+    uncertainty = {name: np.array([score.measures[name] for score in usable]) for name in MEASURES}
+    embeddings = np.stack([score.embedding for score in usable if score.embedding is not None])
+    values = late_utility(note["strategy"], late, uncertainty, embeddings, note["options"])
+    found = {score.task_id: float(value) for score, value in zip(usable, values, strict=True)}
+    return [found.get(score.task_id, 0.0) for score in scores]
+
+
+def is_published_name(weights: str) -> bool:
+    """Whether these are weights that ultralytics publishes: trained on other things, and nobody's mistake."""
+    from ultralytics.utils.downloads import GITHUB_ASSETS_NAMES
+
+    return Path(weights).name in GITHUB_ASSETS_NAMES
+
+
+def selection_key(round_row: Row[Any]) -> str:
+    return round_key(round_row.project_id, round_row.number, "selection.npz")
+
+
+def _answer(
+    regions: list[dict[str, Any]],
+    score: float,
+    version: str,
+    problem: str | None,
+    scored: TaskScore | None = None,
+    utility: float = 0.0,
+) -> dict[str, Any]:
+    answer: dict[str, Any] = {"result": regions, "score": score, "model_version": version}
+    if problem:
+        answer["problem"] = problem
+    if scored is not None and scored.measures:
+        answer |= {"measures": dict(scored.measures), "utility": utility}
+    return answer
+
+
+def _project_of(tasks: Sequence[Mapping[str, Any]]) -> int:
+    projects_named = {task.get("project") for task in tasks}
+    if len(projects_named) != 1 or not isinstance(next(iter(projects_named)), int):
+        raise BadRequest(f"the tasks name the projects {sorted(map(str, projects_named))}; exactly one is needed")
+    return int(next(iter(projects_named)))  # type: ignore[arg-type]

@@ -1,0 +1,178 @@
+"""What the next batch is: the holdout and a diverse seed first, then what the project's strategy picks. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from strategies import STRATEGIES
+from strategies.diversity import near_duplicate_groups, near_duplicates_of_labelled
+from strategies.pool import Pool, Selection
+from worker.settings import ProjectSettings
+
+Vector = NDArray[np.float64]
+Matrix = NDArray[np.float32]
+TaskIds = NDArray[np.int64]
+
+FIRST_STRATEGY = "coverage"  # representative, where core-set would ask for the outliers first
+
+
+@dataclass(frozen=True)
+class ScoredTasks:
+    """Scored images: task_ids (N,), embeddings (N, D), and uncertainty (N,) per measure."""
+
+    task_ids: TaskIds
+    embeddings: Matrix
+    uncertainty: Mapping[str, Vector]
+
+    def rows(self, chosen: NDArray[np.bool_]) -> ScoredTasks:
+        measures = {name: values[chosen] for name, values in self.uncertainty.items()}
+        return ScoredTasks(self.task_ids[chosen], self.embeddings[chosen], measures)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The next batch: task ids in the order they are to be served, and the utility of every pool task.
+
+    `late` with `late_arrays` is what gives a utility to tasks that are scored later; `notes` are sentences for the page.
+    """
+
+    task_ids: list[int]
+    utilities: dict[int, float]
+    parts: dict[int, dict[str, float]]
+    strategy: str
+    options: dict[str, Any]
+    late: dict[str, float] = field(default_factory=dict)
+    late_arrays: dict[str, NDArray[Any]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+
+def generator(settings: ProjectSettings, project_id: int, round_number: int, purpose: str) -> np.random.Generator:
+    """The random numbers of one choice: the same whoever makes it, and however often."""
+    return np.random.default_rng([settings.seed, project_id, round_number, *purpose.encode()])
+
+
+def draw_holdout(
+    tasks: ScoredTasks,
+    labelled: NDArray[np.bool_],
+    size: int,
+    threshold: float,
+    rng: np.random.Generator,
+) -> tuple[set[int], list[str]]:
+    """Task ids of the holdout: drawn at random by near-duplicate group, so that no burst is split.
+
+    Labelled tasks come first, up to half of them; the rest is drawn from the others.
+
+    Args:
+        tasks: all tasks with an image.
+        labelled: (N,) has an annotation already.
+        size: holdout tasks wanted.
+        threshold: cosine above which two images are near-duplicates.
+
+    Returns:
+        the ids (about `size`: a whole group is never split to hit it), and notes for the page.
+    """
+    if size <= 0 or not len(tasks.task_ids):
+        return set(), []
+    groups = near_duplicate_groups(tasks.embeddings, threshold)
+    notes = []
+    largest = int(np.bincount(groups).max())
+    if largest > max(size, 1):
+        groups = np.arange(len(groups))
+        notes.append(
+            f"{largest} images look alike to the embedding at hand, more than the holdout holds: "
+            "it was drawn image by image, and bursts may be split"
+        )
+    members = _members(groups)
+    order = rng.permutation(len(members))
+    chosen: set[int] = set()
+    wanted_labelled = min(size, int(labelled.sum()) // 2)
+    taken = 0
+    for index in order:  # groups with labels first
+        count = int(labelled[members[index]].sum())
+        if count and taken + count <= wanted_labelled and len(chosen) + len(members[index]) <= size:
+            chosen.update(members[index].tolist())
+            taken += count
+    for index in order:
+        group = members[index]
+        if not labelled[group].any() and len(chosen) + len(group) <= size:
+            chosen.update(group.tolist())
+    return {int(tasks.task_ids[position]) for position in chosen}, notes
+
+
+def _members(groups: NDArray[np.int64]) -> list[NDArray[np.int64]]:
+    order = np.argsort(groups, kind="stable")
+    return np.split(order, np.cumsum(np.bincount(groups))[:-1])
+
+
+def first_batch(
+    pool: ScoredTasks, labelled: ScoredTasks, holdout_left: Sequence[int], settings: ProjectSettings, project_id: int
+) -> Batch:
+    """Holdout and a diverse seed, interleaved. A project set to `random` gets a random seed: an honest comparison."""
+    strategy = "random" if settings.strategy == "random" else FIRST_STRATEGY
+    return _batch(pool, labelled, holdout_left, settings, strategy, {}, generator(settings, project_id, 0, "seed"))
+
+
+def next_batch(
+    pool: ScoredTasks,
+    labelled: ScoredTasks,
+    holdout_left: Sequence[int],
+    settings: ProjectSettings,
+    project_id: int,
+    round_number: int,
+) -> Batch:
+    """What the project's strategy picks, and what is left of the holdout, interleaved."""
+    rng = generator(settings, project_id, round_number, "select")
+    options = dict(settings.strategy_options)
+    return _batch(pool, labelled, holdout_left, settings, settings.strategy, options, rng)
+
+
+def _batch(
+    pool: ScoredTasks,
+    labelled: ScoredTasks,
+    holdout_left: Sequence[int],
+    settings: ProjectSettings,
+    strategy: str,
+    options: dict[str, Any],
+    rng: np.random.Generator,
+) -> Batch:
+    if not len(pool.task_ids):
+        return Batch(list(holdout_left), {}, {}, strategy, options, notes=["the pool is empty"])
+    threshold = settings.near_duplicate_threshold
+    built = Pool.build(
+        keys=pool.task_ids,
+        uncertainty=pool.uncertainty,
+        embeddings=pool.embeddings,
+        labelled_embeddings=labelled.embeddings if len(labelled.task_ids) else None,
+        duplicate_groups=near_duplicate_groups(pool.embeddings, threshold),
+        duplicates_of_labelled=(
+            near_duplicates_of_labelled(pool.embeddings, labelled.embeddings, threshold)
+            if len(labelled.task_ids)
+            else None
+        ),
+    )
+    selection = STRATEGIES[strategy](built, settings.batch_size, rng, options)
+    return _as_batch(built, selection, holdout_left, strategy, options)
+
+
+def _as_batch(
+    pool: Pool, selection: Selection, holdout_left: Sequence[int], strategy: str, options: dict[str, Any]
+) -> Batch:
+    keys = [int(key) for key in pool.keys]
+    picked = [keys[position] for position in selection.positions]
+    parts = {key: {name: float(values[row]) for name, values in selection.parts.items()} for row, key in enumerate(keys)}
+    late = {name: float(value) for name, value in selection.late.items() if np.ndim(value) == 0}
+    arrays = {name: np.asarray(value) for name, value in selection.late.items() if np.ndim(value) > 0}
+    utilities = {key: float(value) for key, value in zip(keys, selection.utilities, strict=True)}
+    return Batch(interleave(picked, list(holdout_left)), utilities, parts, strategy, options, late, arrays)
+
+
+def interleave(first: Sequence[int], second: Sequence[int]) -> list[int]:
+    """Both sequences in their own order, spread evenly over the whole: a batch left half done has its share of each."""
+    places = [((index + 0.5) / len(first), 0, value) for index, value in enumerate(first)]
+    places += [((index + 0.5) / len(second), 1, value) for index, value in enumerate(second)]
+    return [value for _, _, value in sorted(places)]
