@@ -28,8 +28,8 @@ from backend.payloads import (
 from worker import queue, rounds, steps
 from worker.boxes import LabelMap
 from worker.errors import Conflict, HardfirstError, QueueUnavailable, Unavailable
-from worker.jobs import mark_sent, prediction
-from worker.label_studio import PENDING_VERSION
+from worker.label_studio import PENDING_VERSION, prediction
+from worker.scoring import mark_sent
 from worker.services import Services
 from worker.settings import parse_project_settings
 from worker.store import get_project, record_event, scores, tasks

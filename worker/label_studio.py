@@ -14,8 +14,6 @@ from itertools import islice
 from typing import Any
 
 import httpx
-from label_studio_sdk.client import LabelStudio as SdkClient
-
 from worker.errors import (
     CredentialsMissing,
     LabelStudioRefused,
@@ -61,6 +59,12 @@ def model_version(round_number: int) -> str:
     return f"al-{round_number:06d}"
 
 
+def prediction(task_id: int, regions: str | None, score: float | None, version: str, holdout: bool) -> dict[str, Any]:
+    """One prediction as Label Studio's bulk import takes it."""
+    result = [] if holdout or not regions else json.loads(regions)
+    return {"task": task_id, "result": result, "score": 1.0 if score is None else score, "model_version": version}
+
+
 def is_our_version(version: str) -> bool:
     return version == PENDING_VERSION or re.fullmatch(r"al-\d{6,}", version) is not None
 
@@ -89,7 +93,7 @@ class LabelStudio:
         try:
             with self._lock:  # the SDK's client refreshes in place
                 if self._sdk is None:
-                    self._sdk = SdkClient(base_url=self.url, api_key=self._api_key)
+                    self._sdk = _sdk_client(self.url, self._api_key)
                 headers = self._sdk._client_wrapper.get_headers()
         except httpx.HTTPError as error:
             raise LabelStudioUnavailable(f"Label Studio at {self.url} does not answer: {error}") from error
@@ -205,6 +209,13 @@ class LabelStudio:
             except NotFound:
                 pass  # somebody closed the tab: make it again
         return int(self._request("POST", "/api/dm/views/", json=body)["id"])
+
+
+def _sdk_client(url: str, api_key: str) -> Any:
+    from label_studio_sdk.client import LabelStudio as SdkClient  # half a second of imports: not when a web process starts
+
+    make: Any = SdkClient  # untyped
+    return make(base_url=url, api_key=api_key)
 
 
 _HAS_ANNOTATIONS = {

@@ -15,7 +15,6 @@ from worker.label_studio import PENDING_VERSION
 from worker.settings import ProjectSettings, parse_project_settings
 from worker.store import (
     OPEN_STATES,
-    task_annotations,
     count_new_labels,
     get_project,
     get_round,
@@ -26,6 +25,7 @@ from worker.store import (
     projects,
     record_event,
     rounds,
+    task_annotations,
     tasks,
     upsert,
 )
@@ -306,3 +306,7 @@ def settings_of(row: Row[Any]) -> ProjectSettings:
     return parse_project_settings(json.loads(text or "{}"))
 
 
+def holdout_of(connection: Connection, project_id: int) -> dict[int, bool | None]:
+    """Live task ids -> in the holdout? None: the split is not drawn yet."""
+    query = select(tasks.c.task_id, tasks.c.holdout).where(tasks.c.project_id == project_id, ~tasks.c.deleted)
+    return {int(row.task_id): row.holdout for row in connection.execute(query)}

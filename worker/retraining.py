@@ -1,0 +1,289 @@
+"""A round's first step: dataset, training, and one evaluation on the holdout."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sqlalchemy import Connection, func, select, update
+
+from worker import evaluation, rounds, steps
+from worker.artifacts import round_key
+from worker.dataset import TaskTruth, truth_of, write_dataset
+from worker.errors import (
+    ImageUnusable,
+)
+from worker.images import decode_image
+from worker.measuring import base_verdict, renamed, truth_for
+from worker.scoring import plan_scoring
+from worker.store import (
+    loads,
+    measured_rounds,
+    task_annotations,
+    tasks,
+)
+from worker.store import rounds as round_rows
+from worker.work import Work
+
+if TYPE_CHECKING:
+    from worker.detector import BaseWeights
+    from worker.training import TrainProgress, TrainRequest
+
+
+def train_and_measure(work: Work) -> None:
+    from worker.detector import prepare_ultralytics
+    from worker.training import train
+
+    own = work.services
+    prepare_ultralytics(own.ultralytics_dir)
+    work.progress("preparing")
+    truths = _truths(work)
+    with own.store.read() as connection:
+        held = rounds.holdout_of(connection, work.project.id)
+    dataset = _dataset(work, [truth for truth in truths if held.get(truth.task_id) is not True])
+    base = _base_weights(work)
+    trained = train(_train_request(work, dataset.yaml, base.path), lambda now: _show_training(work, now))
+    content = trained.weights.read_bytes()
+    weights = {"weights": work.key("weights.pt"), "weights_sha256": own.artifacts.put(work.key("weights.pt"), content)}
+    measured = measure(work, trained.weights, [truth for truth in truths if held.get(truth.task_id) is True], held)
+    report = {
+        "names": trained.names,
+        "notes": [note for note in (base.note, trained.note, measured.note) if note],
+        "seconds": round(trained.seconds, 1),
+        "left_out": dataset.left_out,
+        "boxes_per_class": dataset.boxes_per_class,
+        "background": dataset.n_background,
+        "base_weights": Path(base.path).name,
+    }
+    values = {"labels": dataset.n_images, "boxes": dataset.n_boxes, "report": json.dumps(report), **measured.columns}
+
+    def then(connection: Connection) -> None:
+        this = update(round_rows).where(round_rows.c.id == work.round.id)
+        connection.execute(this.values(**values, **weights, embedder="the round's detector"))
+        _write_curve(connection, work, measured)
+        plan_scoring(connection, work)
+
+    steps.finish(work.lease, then)
+    shutil.rmtree(own.round_dir(work.project.id, work.round.number), ignore_errors=True)
+
+
+def _truths(work: Work) -> list[TaskTruth]:
+    """What Label Studio's export says, and the store's copy of it brought up to date."""
+    exported = work.services.label_studio.export(work.project.id)
+    label_map = work.label_map
+    images = {int(task["id"]): str((task.get("data") or {}).get(label_map.image_key) or "") for task in exported}
+    found = [{**one, "task": task["id"]} for task in exported for one in task.get("annotations") or []]
+    with work.services.store.write() as connection:
+        rounds.remember_tasks(connection, work.project.id, images)
+        rounds.remember_annotations(connection, work.project.id, found)
+    return [truth for task in exported if (truth := truth_of(task, label_map)) is not None]
+
+
+@dataclass(frozen=True)
+class _Dataset:
+    """What the round trains on, as its folder's report.json remembers it."""
+
+    yaml: Path
+    task_ids: list[int]
+    n_images: int
+    n_boxes: int
+    n_background: int
+    boxes_per_class: dict[str, int]
+    left_out: dict[str, str]
+
+
+def _dataset(work: Work, truths: Sequence[TaskTruth]) -> _Dataset:
+    """Written once per round: an attempt that follows a killed one trains on the same images, and so can resume."""
+    folder = work.services.round_dir(work.project.id, work.round.number)
+    frozen = folder / "report.json"
+    if not frozen.is_file():
+        report = write_dataset(
+            folder / "dataset",
+            truths,
+            work.label_map.labels,
+            _fetcher(work, [truth.task_id for truth in truths]),
+            lambda done, total: work.progress("preparing", done=done, total=total),
+        )
+        task_ids = [truth.task_id for truth in truths if truth.task_id not in report.left_out]
+        content = {
+            "task_ids": task_ids,
+            "n_images": report.n_images,
+            "n_boxes": report.n_boxes,
+            "n_background": report.n_background,
+            "boxes_per_class": dict(report.boxes_per_class),
+            "left_out": {str(task_id): reason for task_id, reason in report.left_out.items()},
+        }
+        part = frozen.with_suffix(".part")
+        part.write_text(json.dumps(content))
+        os.replace(part, frozen)
+    found = _Dataset(yaml=folder / "dataset" / "data.yaml", **json.loads(frozen.read_text()))
+    with work.services.store.write() as connection:
+        rounds.mark_seen(connection, work.project.id, work.round.id, found.task_ids)
+    return found
+
+
+def _fetcher(work: Work, task_ids: Sequence[int]) -> Callable[[int], bytes]:
+    """Image bytes by task id, a few fetched ahead: Label Studio answers slowly, but several at a time."""
+    own, key = work.services, work.label_map.image_key
+    with own.store.read() as connection:
+        query = select(tasks.c.task_id, tasks.c.image).where(tasks.c.project_id == work.project.id)
+        image_of = {int(row.task_id): str(row.image) for row in connection.execute(query)}
+    return Ahead(lambda task_id: own.images.fetch({key: image_of[task_id]}, key, task_id), task_ids)
+
+
+class Ahead:
+    """`fetch(task_id)`, with the next few of `task_ids` on their way while the caller works on this one."""
+
+    def __init__(self, fetch: Callable[[int], bytes], task_ids: Sequence[int], width: int = 4) -> None:
+        self._fetch = fetch
+        self._order = list(task_ids)
+        self._pool = ThreadPoolExecutor(width, thread_name_prefix="fetch")
+        self._waiting: dict[int, Future[bytes]] = {}
+        self._width = width
+        self._next = 0
+
+    def __call__(self, task_id: int) -> bytes:
+        while self._next < len(self._order) and len(self._waiting) < 2 * self._width:
+            ahead = self._order[self._next]
+            self._waiting[ahead] = self._pool.submit(self._fetch, ahead)
+            self._next += 1
+        future = self._waiting.pop(task_id, None)
+        if self._next >= len(self._order) and not self._waiting:
+            self._pool.shutdown(wait=False)
+        return self._fetch(task_id) if future is None else future.result()
+
+
+def _base_weights(work: Work) -> BaseWeights:
+    from worker.detector import BaseWeights, resolve_weights
+
+    own, settings = work.services, work.settings
+    if settings.warm_start:
+        with own.store.read() as connection:
+            earlier = measured_rounds(connection, work.project.id)
+        if earlier:
+            path = own.artifacts.local(earlier[-1].weights, earlier[-1].weights_sha256)
+            return BaseWeights(str(path), True, f"Started from round {earlier[-1].number}'s weights.")
+    return resolve_weights(settings.weights, own.settings.weights, own.settings.data_dir / "cache")
+
+
+def _train_request(work: Work, dataset_yaml: Path, weights: str) -> TrainRequest:
+    from worker.training import TrainRequest
+
+    settings = work.settings
+    return TrainRequest(
+        dataset_yaml=dataset_yaml,
+        run_dir=work.services.round_dir(work.project.id, work.round.number) / "run",
+        weights=weights,
+        epochs=settings.epochs,
+        imgsz=settings.imgsz,
+        train_batch=settings.train_batch,
+        optimizer=settings.optimizer,
+        lr0=settings.lr0,
+        mosaic=settings.mosaic,
+        mixup=settings.mixup_in(work.round.number),
+        close_mosaic=settings.close_mosaic,
+        freeze=settings.freeze,
+        seed=settings.seed,
+        device=work.services.settings.device,
+    )
+
+
+def _show_training(work: Work, now: TrainProgress) -> None:
+    work.progress("training", epoch=now.epoch, epochs=now.epochs, losses=now.losses, eta_seconds=now.eta_seconds)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A round's place on the learning curve. `history`: mAP50 of every measured round, on the holdout as it is now."""
+
+    columns: dict[str, Any]
+    history: dict[int, float]  # round id -> mAP50, this round last
+    note: str
+
+
+def measure(work: Work, weights: Path, truths: Sequence[TaskTruth], held: Mapping[int, bool | None]) -> Measured:
+    """One evaluation on the holdout. Detections are kept for all its images, labelled or not, so that labels that
+    come later, or are corrected, can measure every round again."""
+    from worker.detector import Detector, collect_detections
+
+    own, key = work.services, work.label_map.image_key
+    work.progress("evaluating")
+    detector = Detector.load(weights, own.settings.device)
+    broken: dict[int, str] = {}
+    detections = collect_detections(
+        detector,
+        _holdout_images(work, [task_id for task_id, value in held.items() if value is True], key, broken),
+        work.settings.imgsz,
+        progress=lambda done: work.progress("evaluating", done=done),
+    )
+    own.artifacts.put(work.key("detections.npz"), detections.save())
+    now = evaluation.evaluate(detections, truth_for(detections, truths))
+    own.artifacts.put(work.key("evaluation.npz"), now.arrays.save())
+    labels = work.label_map.labels
+    per_class = {
+        labels[class_id]: {"ap50": ap50, "ap50_95": now.ap50_95[class_id], "boxes": now.n_boxes[class_id]}
+        for class_id, ap50 in now.ap50.items()
+    }
+    columns = {
+        "map50": now.map50,
+        "map50_95": now.map50_95,
+        "holdout_labels": now.n_images,
+        "per_class": json.dumps(per_class),
+    }
+    history = _history(work, truths)
+    if now.map50 is not None:
+        history[work.round.id] = now.map50
+    unread = f"{len(broken)} holdout images could not be read: {next(iter(broken.values()))}" if broken else ""
+    return Measured(columns, history, " ".join(part for part in (now.reason, unread) if part))
+
+
+def _holdout_images(work: Work, task_ids: Sequence[int], key: str, broken: dict[int, str]) -> Iterator[tuple[int, Any]]:
+    fetch = _fetcher(work, task_ids)
+    for task_id in task_ids:
+        try:
+            yield task_id, decode_image(fetch(task_id), work.services.images.max_pixels)
+        except ImageUnusable as error:
+            broken[task_id] = str(error)
+
+
+def _history(work: Work, truths: Sequence[TaskTruth]) -> dict[int, float]:
+    """Earlier rounds, measured again on the holdout as it is labelled today: points of one curve must be comparable."""
+    own = work.services
+    with own.store.read() as connection:
+        earlier = measured_rounds(connection, work.project.id)
+    history: dict[int, float] = {}
+    for row in earlier:
+        if row.id == work.round.id:
+            continue
+        content = own.artifacts.get(round_key(row.project_id, row.number, "detections.npz"))
+        names = {int(key): name for key, name in loads(row.report).get("names", {}).items()}
+        detections = renamed(evaluation.Detections.load(content), names, work.label_map.labels)
+        again = evaluation.evaluate(detections, truth_for(detections, truths))
+        if again.map50 is not None:
+            history[row.id] = again.map50
+    return history
+
+
+def _write_curve(connection: Connection, work: Work, measured: Measured) -> None:
+    """mAP50 and gain of every measured round, and this round's verdict."""
+    before: float | None = None
+    for round_id, map50 in measured.history.items():
+        gain = None if before is None else round(map50 - before, 6)
+        connection.execute(update(round_rows).where(round_rows.c.id == round_id).values(map50=map50, gain=gain))
+        before = map50
+    query = select(func.sum(task_annotations.c.lead_time)).where(task_annotations.c.project_id == work.project.id)
+    seconds = connection.execute(query.where(~task_annotations.c.cancelled)).scalar_one()
+    rows = {row.id: row for row in measured_rounds(connection, work.project.id)}
+    points = [(rows[round_id].labels, map50) for round_id, map50 in measured.history.items() if round_id in rows]
+    verdict = base_verdict(points, work.settings.min_map_gain)
+    connection.execute(
+        update(round_rows)
+        .where(round_rows.c.id == work.round.id)
+        .values(minutes=(seconds or 0.0) / 60, verdict=json.dumps(verdict))
+    )

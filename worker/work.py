@@ -1,0 +1,58 @@
+"""What the body of a step has at hand."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import Row
+
+from worker import queue, rounds, steps
+from worker.artifacts import round_key
+from worker.boxes import LabelMap
+from worker.errors import (
+    QueueUnavailable,
+)
+from worker.services import Services
+from worker.settings import ProjectSettings
+
+log = logging.getLogger(__name__)
+
+MEASURES = ("least_confidence", "margin", "entropy")
+
+
+@dataclass(frozen=True)
+class Work:
+    """What the body of a step needs."""
+
+    services: Services
+    lease: steps.Lease
+    project: Row[Any]
+    round: Row[Any]
+
+    @property
+    def settings(self) -> ProjectSettings:
+        return rounds.settings_of(self.round)
+
+    @property
+    def label_map(self) -> LabelMap:
+        return LabelMap.from_config(self.project.label_config)
+
+    def key(self, name: str) -> str:
+        return round_key(self.project.id, self.round.number, name)
+
+    def progress(self, phase: str, **fields: Any) -> None:
+        """For the page. Also where a cancelled step ends."""
+        self.lease.check()
+        try:
+            queue.set_progress(self.services.redis, self.project.id, phase=phase, round=self.round.number, **fields)
+        except QueueUnavailable as error:
+            log.warning("progress not shown: %s", error)
+
+
+def clear_progress(own: Services, project_id: int) -> None:
+    try:
+        queue.clear_progress(own.redis, project_id)
+    except QueueUnavailable as error:
+        log.warning("progress not cleared: %s", error)
