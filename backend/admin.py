@@ -1,4 +1,4 @@
-"""The admin page, its JSON API and its files. It reads the store and live progress; its buttons change rows and enqueue.
+"""The admin page, its JSON API and its files: reads the store and live progress; buttons change rows and enqueue.
 
 The page answers whoever is away: Redis, Label Studio or its access token are sentences on it, not errors.
 """
@@ -38,7 +38,6 @@ from worker.errors import (
     CredentialsMissing,
     HardfirstError,
     ImageUnusable,
-    LabelStudioUnavailable,
     NotFound,
     QueueUnavailable,
 )
@@ -171,11 +170,11 @@ def label_studio_problem(own: Services) -> str:
     except HardfirstError as error:
         return str(error)
     except (httpx.HTTPError, httpx.InvalidURL) as error:
-        return f"Label Studio at {url} does not answer ({type(error).__name__}). Rounds wait, and go on when it is back."
+        return f"Label Studio at {url} does not answer ({type(error).__name__}). Rounds wait until it is back."
     if status in (401, 403):
         return f"Label Studio at {url} refused LABEL_STUDIO_API_KEY (HTTP {status}). Account & Settings -> Access Token"
     if status == 429 or status >= 500:
-        return f"Label Studio at {url} answers HTTP {status}. Rounds wait, and go on when it is well again."
+        return f"Label Studio at {url} answers HTTP {status}. Rounds wait until it is well."
     return ""
 
 
@@ -333,7 +332,7 @@ async def show_thumbnail(
             await asyncio.wait_for(work, THUMBNAIL_SECONDS)
         except ImageUnusable:
             return _placeholder("cannot be read", 415)
-        except (LabelStudioUnavailable, CredentialsMissing, TimeoutError):
+        except (HardfirstError, TimeoutError):  # Label Studio is away, or refuses the token: the page says it
             return _placeholder("not available now", 503)
     content = await run_in_threadpool(cached.read_bytes)
     return Response(content, media_type="image/jpeg", headers={"Cache-Control": "private, max-age=86400"})

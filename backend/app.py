@@ -17,6 +17,7 @@ from fastapi.responses import JSONResponse
 
 from backend import admin, ml_api
 from worker import queue, steps
+from worker.boxes import LabelMap
 from worker.errors import BadRequest, HardfirstError, NotAuthorised, QueueUnavailable
 from worker.services import Services
 from worker.settings import Settings, load_settings
@@ -54,6 +55,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     services: Services = app.state.services
     services.store.migrate()
     stop = threading.Event()
+    threading.Thread(target=_read_some_label_config, name="warm-up", daemon=True).start()
     try:
         queue.start_ticker(services.redis, stop, services.settings.reconcile_seconds)
         steps.start_sender(services.store, services.redis, stop)
@@ -62,6 +64,14 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     yield
     stop.set()
     services.store.close()
+
+
+def _read_some_label_config() -> None:
+    """The first parse imports half a second of modules; Label Studio gives /setup three seconds, on a busy machine too."""
+    LabelMap.from_config(
+        '<View><Image name="image" value="$image"/><RectangleLabels name="label" toName="image"><Label value="a"/>'
+        "</RectangleLabels></View>"
+    )
 
 
 async def _guard(request: Request, call_next: Next) -> Response:

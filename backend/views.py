@@ -164,7 +164,7 @@ class CurvePoint(View):
 
 
 class RoundView(View):
-    """A row of the rounds table. `minutes`: annotators' time over all labels so far; `seconds`: the round's duration."""
+    """A row of the rounds table. `minutes`: annotators' time over all labels so far; `seconds`: its duration."""
 
     number: int
     state: str

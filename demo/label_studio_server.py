@@ -29,6 +29,7 @@ from worker.processes import die_with_parent
 
 PYTHON_VARIABLE = "HARDFIRST_LABEL_STUDIO_PYTHON"
 DATABASE_NAME = "label_studio.sqlite3"
+SET_UP = Path(__file__).resolve().parent.parent / "scripts" / "setup.sh"
 START_TIMEOUT = 180.0  # migrations took 22 to 49 s on two cores; a loaded machine takes several times that
 # Label Studio reads dozens of variables, some with common names (HOST, USERNAME, DATABASE_URL): it gets these alone.
 # No proxy variables: it must reach the backend on this machine directly.
@@ -175,12 +176,12 @@ class LabelStudioServer:
 
 
 def label_studio_python(given: str | None = None) -> Path:
-    """The interpreter that has Label Studio.
+    """The interpreter that has Label Studio: the one named, else the clone's own environment, made if need be.
 
     Raises:
-        HardfirstError: none is named, or what is named has no Label Studio beside it.
+        HardfirstError: none is named and this is no clone, or what is named has no Label Studio beside it.
     """
-    named = given or os.environ.get(PYTHON_VARIABLE, "")
+    named = given or os.environ.get(PYTHON_VARIABLE, "") or _made_by_set_up()
     if not named:
         raise HardfirstError(
             f"{PYTHON_VARIABLE} is not set: it names the interpreter of a virtual environment with Label Studio. "
@@ -190,6 +191,16 @@ def label_studio_python(given: str | None = None) -> Path:
     if not (python.with_name("label-studio")).is_file():
         raise HardfirstError(f"{PYTHON_VARIABLE}={named}: there is no label-studio beside it. Run `make demo`.")
     return python
+
+
+def _made_by_set_up() -> str:
+    """What `make demo` would name; empty where there is no set-up script (an installed package)."""
+    if not SET_UP.is_file():
+        return ""
+    found = subprocess.run([str(SET_UP), "label-studio"], stdout=subprocess.PIPE, text=True, check=False)
+    if found.returncode != 0:
+        raise HardfirstError("Label Studio's environment could not be made; the lines above say why")
+    return found.stdout.strip()
 
 
 def copy_migrated_folder(python: Path, data_dir: Path) -> None:

@@ -12,10 +12,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
-from sklearn.cluster import MiniBatchKMeans
-from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]  # comes with scikit-learn
 
 from strategies.arrays import Booleans, Floats, Integers, as_count, as_embeddings, as_groups, as_mask, as_vector
 
@@ -63,6 +59,9 @@ def fit_kmeans(embeddings: ArrayLike, n_clusters: int = 50) -> KMeansScale:
     clusters = min(as_count(n_clusters, "n_clusters"), len(points))
     if not clusters:
         return KMeansScale(points, 0.0, 0.0)
+    from sklearn.cluster import MiniBatchKMeans  # over a second: not while a web process starts
+    from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]  # no stubs are published
+
     # One thread: batches of 512 gain nothing from two, and OpenMP threads that spin beside a training cost 10x.
     with threadpool_limits(limits=1):
         model = MiniBatchKMeans(n_clusters=clusters, batch_size=512, n_init=3, random_state=42).fit(points)
@@ -424,6 +423,9 @@ def _joined(groups: Integers, first: Integers, second: Integers) -> Integers:
     apart = one != other
     if not apart.any():
         return groups
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
     size = len(groups)
     edges = coo_array((np.ones(int(apart.sum()), dtype=np.bool_), (one[apart], other[apart])), shape=(size, size))
     labels = connected_components(edges, directed=False)[1].astype(np.int64)

@@ -19,7 +19,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from label_studio_sdk.label_interface.interface import LabelInterface
 from numpy.typing import ArrayLike, NDArray
 
 from worker.errors import LabelConfigUnsupported, LabelMismatch
@@ -291,7 +290,7 @@ def _span(low: float, high: float) -> tuple[float, float]:
     return start, min(round(end - start, _DECIMALS), 100 - start)
 
 
-def _parse(label_config: object) -> LabelInterface:
+def _parse(label_config: object) -> Any:
     if not isinstance(label_config, str) or not label_config.strip():
         raise LabelConfigUnsupported("The label config is empty. Set one in the project's Labeling Interface.")
     if len(label_config) > MAX_CONFIG_CHARACTERS:
@@ -301,13 +300,15 @@ def _parse(label_config: object) -> LabelInterface:
     if _DOCTYPE.search(label_config):
         # entities can blow up a short text, and no label config needs one
         raise LabelConfigUnsupported("The label config has a DOCTYPE or an ENTITY, which is not read. Remove it.")
+    from label_studio_sdk.label_interface.interface import LabelInterface  # brings pandas: not while a process starts
+
     try:
         return LabelInterface(_XML_DECLARATION.sub("", label_config, count=1))
     except Exception as error:  # the SDK raises bare Exception, KeyError, ValueError and lxml's own
         raise LabelConfigUnsupported(f"The label config cannot be read: {str(error)[:200]}") from error
 
 
-def _control_over_image(interface: LabelInterface) -> tuple[Any, Any]:
+def _control_over_image(interface: Any) -> tuple[Any, Any]:
     controls = [tag for tag in interface.controls or () if tag.tag.lower() == "rectanglelabels"]
     for control in controls:
         for image in control.objects or ():

@@ -91,6 +91,18 @@ def test_boxes_touch_the_drawn_pixels_on_all_four_sides() -> None:
     assert checked > 40
 
 
+def test_no_visible_object_is_left_without_a_box() -> None:
+    """An unlabelled sliver of a bolt would teach a detector that bolts are floor."""
+    painted = 0
+    for index in range(150):
+        slot = factory._slot(8, index, Recipe())
+        picture = factory._picture(8, factory._Slot(slot.burst, 0, slot.rare_ids), SIZE, Recipe())
+        _, scene = render(8, index, SIZE)
+        assert len(scene.boxes_xyxy) == len(picture.class_ids)
+        painted += len(picture.class_ids)
+    assert painted > 450
+
+
 def test_a_box_is_where_the_image_differs_from_the_empty_floor(monkeypatch: pytest.MonkeyPatch) -> None:
     """Paint a scene with and without its objects: flat defects cast no shadow, so the difference is the object."""
     flat = Recipe(rare_share=1.0, burst_share=0.0, objects=(1, 1), condition_weights=(1, 0, 0, 0, 0), hard_link=None)

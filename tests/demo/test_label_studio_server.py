@@ -42,10 +42,25 @@ def fake_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_without_an_installation_it_says_how_to_get_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(PYTHON_VARIABLE, raising=False)
+    monkeypatch.setattr("demo.label_studio_server.SET_UP", tmp_path / "setup.sh")  # as in an installed package
     with pytest.raises(HardfirstError, match="`make demo` and `make test` make one"):
         label_studio_python()
     with pytest.raises(HardfirstError, match="there is no label-studio beside it"):
         LabelStudioServer(tmp_path / "data", python=str(tmp_path / "python")).start()
+
+
+def test_a_clone_uses_the_environment_its_set_up_makes(
+    tmp_path: Path, fake_python: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = tmp_path / "setup.sh"
+    script.write_text(f'#!/bin/sh\n[ "$1" = label-studio ] && echo {fake_python}\n')
+    script.chmod(0o755)
+    monkeypatch.delenv(PYTHON_VARIABLE, raising=False)
+    monkeypatch.setattr("demo.label_studio_server.SET_UP", script)
+    assert label_studio_python() == fake_python
+    script.write_text("#!/bin/sh\nexit 1\n")
+    with pytest.raises(HardfirstError, match="could not be made"):
+        label_studio_python()
 
 
 def test_a_port_in_use_is_refused(tmp_path: Path, fake_python: Path) -> None:
