@@ -57,6 +57,7 @@ THUMBNAIL_SECONDS = 20.0  # until the page gets a placeholder; Label Studio may 
 THUMBNAILS_AT_ONCE = 4  # fetched and decoded: a large image takes hundreds of MB for a moment
 
 QUEUE_AWAY_SECONDS = 5.0  # a poll must not wait for Redis each time
+PACE_SECONDS = 4.0  # watched so long before its end is foretold
 LABEL_STUDIO_SECONDS = 15.0  # between two looks at Label Studio
 LABEL_STUDIO_PATIENCE = 0.7  # the first page waits so long for the first look
 
@@ -119,6 +120,7 @@ class Neighbours:
 
     def __init__(self) -> None:
         self.fetching = ThreadPoolExecutor(THUMBNAILS_AT_ONCE, thread_name_prefix="thumbnail")
+        self._seen: dict[int, tuple[object, float, int]] = {}  # by project: phase, when first seen, done then
         self._queue_away_until = 0.0
         self._queue_problem = ""
         self._looked_at = 0.0
@@ -137,7 +139,23 @@ class Neighbours:
             self._queue_away_until = time.monotonic() + QUEUE_AWAY_SECONDS
             return {}
         self._queue_problem = ""
+        if found.get("phase") != "training":  # that one says itself how long it takes
+            found["eta_seconds"] = self._eta(project_id, found)
         return found
+
+    def _eta(self, project_id: int, progress: dict[str, Any]) -> float | None:
+        """Seconds left of a phase, from how fast it went since the page first saw it."""
+        phase, done, total = (progress.get("round"), progress.get("phase")), progress.get("done"), progress.get("total")
+        if not isinstance(done, int) or not isinstance(total, int):
+            self._seen.pop(project_id, None)
+            return None
+        since, first = time.monotonic(), done
+        if (seen := self._seen.get(project_id)) is not None and seen[0] == phase and seen[2] <= done:
+            _, since, first = seen
+        else:
+            self._seen[project_id] = (phase, since, first)
+        elapsed = time.monotonic() - since
+        return (total - done) * elapsed / (done - first) if done > first and elapsed > PACE_SECONDS else None
 
     def away(self, own: Services) -> list[str]:
         """Sentences about who is away, and what to do."""

@@ -388,7 +388,7 @@ def _working(connection: Connection, row: Row[Any], progress: Mapping[str, Any],
     believed = told in PHASES_OF_STATE.get(row.state, ())
     phase: Phase = told if believed else PHASE_OF_STATE[row.state]  # type: ignore[assignment]  # told is in the table
     done, total = _amount(connection, row, phase, progress if believed else {}, counts)
-    eta = _number(progress.get("eta_seconds")) if believed and phase in ("training", "scoring") else None
+    eta = _number(progress.get("eta_seconds")) if believed else None
     told_losses = progress.get("losses") if believed and phase == "training" else None
     losses = told_losses if isinstance(told_losses, dict) else {}
     amount = "" if done is None else f" {done}" + (f"/{total}" if total else "")

@@ -9,7 +9,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from sqlalchemy import Row, select, update
 
@@ -28,14 +28,12 @@ from worker.services import Services, from_environment
 from worker.store import (
     get_project,
     get_round,
+    latest_round,
     projects,
     record_event,
 )
 from worker.syncing import sync_project
 from worker.work import Work, clear_progress
-
-if TYPE_CHECKING:
-    pass
 
 log = logging.getLogger(__name__)
 
@@ -91,6 +89,8 @@ def _run(step_id: int, attempt: int, body: Callable[[Work], None]) -> None:
             project = get_project(connection, round_row.project_id)
         with lease.kept():
             body(Work(own, lease, project, round_row))
+        if project.problem is not None:
+            _tell(own, lease.round_id, None)
     except JobFenced as fenced:
         log.info("%s", fenced)
     except Unavailable as away:
@@ -105,7 +105,7 @@ def _run(step_id: int, attempt: int, body: Callable[[Work], None]) -> None:
         steps.send_waiting(own.store, own.redis)
 
 
-def _tell(own: Services, round_id: int, problem: str) -> None:
+def _tell(own: Services, round_id: int, problem: str | None) -> None:
     with own.store.write() as connection:
         row = get_round(connection, round_id)
         connection.execute(update(projects).where(projects.c.id == row.project_id).values(problem=problem))
@@ -148,6 +148,8 @@ def reconcile() -> None:
         except HardfirstError as error:
             log.warning("project %s not reconciled: %s", project.id, error)
             _set_problem(own, project.id, str(error))
+        else:
+            _forget_problem(own, project.id)
     steps.send_waiting(own.store, own.redis)
 
 
@@ -156,15 +158,22 @@ def _set_problem(own: Services, project_id: int, problem: str) -> None:
         connection.execute(update(projects).where(projects.c.id == project_id).values(problem=problem))
 
 
+def _forget_problem(own: Services, project_id: int) -> None:
+    """What reconcile complained of is mended; what a round complains of stands until the next one."""
+    with own.store.write() as connection:
+        last = latest_round(connection, project_id)
+        if last is not None and last.state == "done":
+            connection.execute(update(projects).where(projects.c.id == project_id).values(problem=None))
+
+
 def _reconcile_project(own: Services, project: Row[Any]) -> None:
     if project.published_round_id is None:
         return  # round 0 looks for itself
     stale = time.time() - (project.reconciled_at or 0) > FULL_SYNC_EVERY
     try:
         sync_project(own, project.id, everything=stale)
-    except NotFound:
-        _set_problem(own, project.id, "Label Studio no longer has this project")
-        return
+    except NotFound as gone:
+        raise NotFound(f"Label Studio no longer has project {project.id}, or its token may not see it") from gone
     with own.store.write() as connection:
         opened = rounds.open_round_if_triggered(connection, project.id)
     if opened is not None:

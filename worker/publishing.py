@@ -190,8 +190,9 @@ def _send_predictions(work: Work, version: str, batch: Batch) -> None:
     api = work.services.label_studio
     with work.services.store.read() as connection:
         wanted = _predictions_count(connection, work)
-    present = api.versions(work.project.id).get(version, 0)
-    if present:
+    if api.project(work.project.id).get("model_version") == version:
+        return  # an attempt that was killed after the switch: everything was written before it
+    if api.versions(work.project.id).get(version):
         api.delete_version(work.project.id, version)
     try:
         api.import_predictions(work.project.id, _predictions(work, version, wanted))

@@ -94,7 +94,7 @@ def open_round(connection: Connection, project_id: int, why: str) -> int:
         NotFound: the project is not connected.
         Conflict: a round is open already, or the first batch is not published yet.
     """
-    get_project(connection, project_id)
+    lock_project(connection, project_id)
     running = open_round_of(connection, project_id)
     if running is not None:
         raise Conflict(f"round {running.number} of project {project_id} is {running.state}; wait for it, or cancel it")
@@ -124,14 +124,23 @@ def mark_seen(connection: Connection, project_id: int, round_id: int, task_ids: 
         connection.execute(one, [{"of": task_id} for task_id in task_ids])
 
 
-def labels_needed(settings: ProjectSettings, last: Row[Any]) -> int:
-    """New labels that open the round after `last`: as set, or as many as its batch asked for."""
-    return int(settings.labels_per_round or last.batch_size or settings.batch_size)
+def labels_needed(settings: ProjectSettings, published: Row[Any]) -> int:
+    """New labels that open the next round: as set, or as many as the published round's batch asked for."""
+    return int(settings.labels_per_round or published.batch_size or settings.batch_size)
+
+
+def lock_project(connection: Connection, project_id: int) -> Row[Any]:
+    """The project's row, held until the transaction ends: of two that want to open a round, one sees the other's.
+
+    (SQLite's writers are alone anyway.)
+    """
+    connection.execute(select(projects.c.id).where(projects.c.id == project_id).with_for_update())
+    return get_project(connection, project_id)
 
 
 def trigger(connection: Connection, project_id: int) -> str | None:
     """Why a round should open now, in words; None: it should not."""
-    project = get_project(connection, project_id)
+    project = lock_project(connection, project_id)
     last = latest_round(connection, project_id)
     if last is None or last.state in OPEN_STATES or (last.number == 0 and last.state != "done"):
         return None
@@ -139,7 +148,7 @@ def trigger(connection: Connection, project_id: int) -> str | None:
     if project.stop_accepted_at is not None or last.number >= settings.max_rounds:
         return None
     new = count_new_labels(connection, project_id, holdout_too=last.number == 0)
-    needed = labels_needed(settings, last)
+    needed = labels_needed(settings, get_round(connection, project.published_round_id))
     if new >= needed:
         return f"{new} new labels (a round opens at {needed})"
     if new and not unlabelled_count(connection, project_id):

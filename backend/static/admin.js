@@ -100,6 +100,7 @@ function showStatus(status) {
   byId("now-state").className = `state ${now.kind}`;
   setText("now-words", now.words);
   setText("now-detail", now.detail);
+  document.title = `${now.kind === "idle" ? "" : `${now.words} · `}${byId("title").textContent} · hardfirst`;
   setText("announce", now.words.replace(/ \d+(\/\d+)?$/, "")); // phases are announced, numbers are not
   byId("working").hidden = now.kind !== "working";
   if (now.fraction === null) byId("bar").removeAttribute("value");
@@ -239,22 +240,30 @@ function drawCurve(curve, layout, axis, colour, config) {
   const trace = {
     x: curve.map((point) => point.labels),
     y: curve.map((point) => point.map50),
-    text: curve.map((point) => `round ${point.round_number}`),
+    text: curve.map((point) => (curve.length > 9 ? `${point.round_number}` : `round ${point.round_number}`)),
     mode: "lines+markers+text",
-    textposition: "top center",
+    textposition: curve.map((point, index) => besideTheLine(curve, index)),
     textfont: { size: 12, color: colour("muted") },
     cliponaxis: false,
     line: { color: colour("accent"), width: 2.5 },
     marker: { size: 9, color: colour("card"), line: { color: colour("accent"), width: 2.5 } },
-    hovertemplate: "%{text}<br>%{x} labels<br>mAP50 %{y:.3f}<extra></extra>",
+    customdata: curve.map((point) => point.round_number),
+    hovertemplate: "round %{customdata}<br>%{x} labels<br>mAP50 %{y:.3f}<extra></extra>",
   };
   window.Plotly.react(byId("curve"), [trace], {
     ...layout,
     margin: { l: 48, r: 20, t: 12, b: 44 },
-    xaxis: { ...axis, title: { text: "labels" }, range: [0, furthest] },
-    yaxis: { ...axis, title: { text: "mAP50" }, range: [0, top], tickformat: ".1f", nticks: 6 },
+    xaxis: { ...axis, title: { text: "labels", font: { size: 13 } }, range: [0, furthest] },
+    yaxis: { ...axis, title: { text: "mAP50", font: { size: 13 } }, range: [0, top], tickformat: ".2~f", nticks: 6 },
     annotations: curve.length ? [] : [emptyNote("No round has been measured yet", colour)],
   }, config);
+}
+
+// Under a curve that goes on rising, over one that goes on falling; the last point's text where the curve did not come from.
+function besideTheLine(curve, index) {
+  const here = curve[index].map50;
+  if (index === curve.length - 1) return index && curve[index - 1].map50 > here ? "bottom center" : "top center";
+  return curve[index + 1].map50 < here ? "top right" : "bottom right";
 }
 
 function drawClasses(classes, layout, axis, colour, config) {
@@ -271,7 +280,7 @@ function drawClasses(classes, layout, axis, colour, config) {
     cliponaxis: false,
     textfont: { color: colour("ink") },
     marker: { color: colour("accent"), cornerradius: 4 },
-    width: 0.58,
+    width: 0.54,
     customdata: measured.map((one) => [plain(one.name), one.boxes]),
     hovertemplate: "%{customdata[0]}<br>AP50 %{x:.3f}<br>%{customdata[1]} boxes in the holdout<extra></extra>",
   };

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -290,5 +291,8 @@ def test_importing_and_running_it_loads_no_torch() -> None:
         "evaluate(d, Truth(np.array([1]), np.array([0]), np.ones((1, 4), np.float32), np.array([0])))\n"
         "assert 'torch' not in sys.modules and 'ultralytics' not in sys.modules"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    project = Path(__file__).parents[2]
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False, cwd=project
+    )
     assert done.returncode == 0, done.stderr
