@@ -58,8 +58,8 @@ THUMBNAILS_AT_ONCE = 4  # fetched and decoded: a large image takes hundreds of M
 
 QUEUE_AWAY_SECONDS = 5.0  # a poll must not wait for Redis each time
 PACE_SECONDS = 4.0  # watched so long before its end is foretold
-LABEL_STUDIO_SECONDS = 15.0  # between two looks at Label Studio
-LABEL_STUDIO_PATIENCE = 0.7  # the first page waits so long for the first look
+LOOK_SECONDS = 10.0  # between two looks at Redis and Label Studio
+LOOK_PATIENCE = 0.5  # the first page waits so long for each first answer
 
 # plotly.js writes style attributes, an empty <style> to which it adds rules by script, and one of its own (WebGL maps)
 _STYLE_HASHES = (
@@ -124,7 +124,7 @@ class Neighbours:
         self._queue_away_until = 0.0
         self._queue_problem = ""
         self._looked_at = 0.0
-        self._look: threading.Thread | None = None
+        self._looks: list[threading.Thread] = []
         self._label_studio_problem = ""
         self._lock = threading.Lock()
 
@@ -135,8 +135,7 @@ class Neighbours:
         try:
             found = queue.get_progress(own.redis, project_id)
         except QueueUnavailable as error:
-            self._queue_problem = str(error)
-            self._queue_away_until = time.monotonic() + QUEUE_AWAY_SECONDS
+            self._queue_is_away(error)
             return {}
         self._queue_problem = ""
         if found.get("phase") != "training":  # that one says itself how long it takes
@@ -158,25 +157,37 @@ class Neighbours:
         return (total - done) * elapsed / (done - first) if done > first and elapsed > PACE_SECONDS else None
 
     def away(self, own: Services) -> list[str]:
-        """Sentences about who is away, and what to do."""
-        if not own.settings.api_key:
-            return [str(CredentialsMissing()), *filter(None, [self._queue_problem])]
-        self._look_at_label_studio(own)
+        """Sentences about who is away, and what to do: as of the last look, LOOK_SECONDS ago at most."""
+        with self._lock:
+            first = not self._looked_at
+            due = time.monotonic() - self._looked_at > LOOK_SECONDS
+            if (first or due) and not any(thread.is_alive() for thread in self._looks):
+                self._looked_at = time.monotonic()
+                self._looks = [
+                    threading.Thread(target=look, args=(own,), daemon=True)
+                    for look in (self._look_at_label_studio, self._look_at_queue)
+                ]
+                for thread in self._looks:
+                    thread.start()
+        if first:
+            for thread in self._looks:
+                thread.join(LOOK_PATIENCE)
         return [problem for problem in (self._label_studio_problem, self._queue_problem) if problem]
 
     def _look_at_label_studio(self, own: Services) -> None:
-        with self._lock:
-            first = not self._looked_at
-            due = time.monotonic() - self._looked_at > LABEL_STUDIO_SECONDS
-            if (first or due) and (self._look is None or not self._look.is_alive()):
-                self._looked_at = time.monotonic()
-                self._look = threading.Thread(target=self._ask_label_studio, args=(own,), daemon=True)
-                self._look.start()
-        if first and self._look is not None:
-            self._look.join(LABEL_STUDIO_PATIENCE)
-
-    def _ask_label_studio(self, own: Services) -> None:
         self._label_studio_problem = label_studio_problem(own)
+
+    def _look_at_queue(self, own: Services) -> None:
+        try:
+            queue.ping(own.redis)
+        except QueueUnavailable as error:
+            self._queue_is_away(error)
+        else:
+            self._queue_problem = ""
+
+    def _queue_is_away(self, error: QueueUnavailable) -> None:
+        self._queue_problem = str(error)
+        self._queue_away_until = time.monotonic() + QUEUE_AWAY_SECONDS
 
 
 def label_studio_problem(own: Services) -> str:

@@ -52,6 +52,7 @@ def demo(
     images: Annotated[int | None, typer.Option(min=20, help="Images to generate.")] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="K: labels per round.")] = None,
     epochs: Annotated[int | None, typer.Option(min=1, help="Epochs per training.")] = None,
+    imgsz: Annotated[int | None, typer.Option(min=32, help="Longest side the detector sees, pixels.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the images and of every choice.")] = 0,
     port: Annotated[int, typer.Option(help="Port of the backend; 0: any free one.")] = 0,
 ) -> None:
@@ -59,7 +60,7 @@ def demo(
     from importlib import import_module
 
     run = import_module("demo.loop").run  # `backend` imports nothing of `demo`: this is the command's only door to it
-    overrides = _given(images=images, batch_size=batch_size, epochs=epochs)
+    overrides = _given(images=images, batch_size=batch_size, epochs=epochs, imgsz=imgsz)
     raise typer.Exit(
         run(stop_at_end=exit_, data_yaml=data, n_rounds=rounds, folder=folder, seed=seed, port=port, **overrides)
     )

@@ -40,7 +40,9 @@ ROOT = Path(__file__).resolve().parent.parent
 USERNAME, PASSWORD = "admin@hardfirst.demo", "hardfirst-demo"
 UPLOAD_AT_ONCE = 50  # files in one request; Label Studio reads them all into memory
 ROUND_MINUTES = 45.0
-EXTRA_PARAMS: dict[str, Any] = {"weights": "yolo11n.yaml", "epochs": 60, "imgsz": 192, "batch_size": 60}
+ROUND_SETTINGS: dict[str, Any] = {"batch_size": 60, "imgsz": 160, "epochs": 15, "train_batch": 4, "nominal_batch": 4}
+# Learns the factory floor from nothing: small steps, many of them, since there may be no pretrained weights to start from.
+FROM_SCRATCH: dict[str, Any] = {"weights": "yolov8n.yaml", "optimizer": "AdamW", "lr0": 0.002, "holdout_size": 70}
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,7 @@ def run(
         stage = stack.enter_context(_servers(root, port, console))
         outcome = {"rounds": [], "served_in_order": False, "error": ""}
         try:
-            outcome = _loop(stage, dataset, n_rounds, {**EXTRA_PARAMS, "seed": seed, **extra_params})
+            outcome = _loop(stage, dataset, n_rounds, {**_defaults(data_yaml), "seed": seed, **extra_params})
         except HardfirstError as error:
             outcome["error"] = str(error)
             console.print(f"[red]The loop did not close:[/] {error}")
@@ -95,6 +97,13 @@ def run(
         else:
             _stay(stage, closed)
     return 0 if closed else 1
+
+
+def _defaults(data_yaml: Path | None) -> dict[str, Any]:
+    """Settings the backend is connected with. Somebody's own data starts from real weights, where there are any."""
+    if data_yaml is not None or os.environ.get("HARDFIRST_WEIGHTS"):
+        return dict(ROUND_SETTINGS)
+    return {**ROUND_SETTINGS, **FROM_SCRATCH}
 
 
 def _dataset(root: Path, data_yaml: Path | None, n_images: int, seed: int, console: Console) -> Dataset:

@@ -90,8 +90,7 @@ class _Weights:
 def _embedding_weights(work: Work, label_map: LabelMap) -> _Weights:
     """The pretrained detector, kept as an artifact so that all workers use the same; else the descriptor."""
     from worker.descriptor import DESCRIPTOR_NAME
-    from worker.detector import Detector, prepare_ultralytics, resolve_weights
-    from worker.model import is_published_name
+    from worker.detector import Detector, is_published_name, prepare_ultralytics, resolve_weights
 
     own, settings = work.services, work.settings
     prepare_ultralytics(own.ultralytics_dir)

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -232,13 +231,6 @@ def late_utilities(services: Services, round_row: Row[Any], scores: Sequence[Tas
     values = late_utility(note["strategy"], late, uncertainty, embeddings, note["options"])
     found = {score.task_id: float(value) for score, value in zip(usable, values, strict=True)}
     return [found.get(score.task_id, 0.0) for score in scores]
-
-
-def is_published_name(weights: str) -> bool:
-    """Whether these are weights that ultralytics publishes: trained on other things, and nobody's mistake."""
-    from ultralytics.utils.downloads import GITHUB_ASSETS_NAMES
-
-    return Path(weights).name in GITHUB_ASSETS_NAMES
 
 
 def selection_key(round_row: Row[Any]) -> str:

@@ -183,6 +183,7 @@ def _train_request(work: Work, dataset_yaml: Path, weights: str) -> TrainRequest
         epochs=settings.epochs,
         imgsz=settings.imgsz,
         train_batch=settings.train_batch,
+        nominal_batch=settings.nominal_batch,
         optimizer=settings.optimizer,
         lr0=settings.lr0,
         mosaic=settings.mosaic,
@@ -214,7 +215,7 @@ def measure(work: Work, weights: Path, truths: Sequence[TaskTruth], held: Mappin
 
     own, key = work.services, work.label_map.image_key
     work.progress("evaluating")
-    detector = Detector.load(weights, own.settings.device)
+    detector = Detector.load(weights, own.settings.device, half=False)  # in full precision, whatever the device
     broken: dict[int, str] = {}
     detections = collect_detections(
         detector,

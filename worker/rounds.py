@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from sqlalchemy import Connection, Row, bindparam, delete, func, insert, select, update
+from sqlalchemy import Connection, Row, bindparam, delete, exists, func, insert, select, update
 
 from worker import steps
 from worker.errors import Conflict
@@ -151,19 +151,22 @@ def trigger(connection: Connection, project_id: int) -> str | None:
     needed = labels_needed(settings, get_round(connection, project.published_round_id))
     if new >= needed:
         return f"{new} new labels (a round opens at {needed})"
-    if new and not unlabelled_count(connection, project_id):
+    if new and not has_unlabelled(connection, project_id):
         return f"{new} new labels, and the pool is empty"
     return None
 
 
-def unlabelled_count(connection: Connection, project_id: int) -> int:
-    query = (
-        select(func.count())
-        .select_from(tasks)
-        .where(tasks.c.project_id == project_id, tasks.c.deleted.is_(False), tasks.c.image_problem.is_(None))
-        .where(tasks.c.task_id.not_in(labelled_task_ids(project_id)))
+def has_unlabelled(connection: Connection, project_id: int) -> bool:
+    """Whether anything is left to label. Unlike the count, it ends at the first one."""
+    labelled = exists().where(
+        task_annotations.c.project_id == project_id,
+        task_annotations.c.task_id == tasks.c.task_id,
+        task_annotations.c.cancelled.is_(False),
     )
-    return int(connection.execute(query).scalar_one())
+    query = select(tasks.c.task_id).where(
+        tasks.c.project_id == project_id, tasks.c.deleted.is_(False), tasks.c.image_problem.is_(None), ~labelled
+    )
+    return connection.execute(query.limit(1)).first() is not None
 
 
 def open_round_if_triggered(connection: Connection, project_id: int) -> int | None:

@@ -105,6 +105,9 @@ class ProjectSettings(BaseModel):
     epochs: int = Field(80, ge=1, le=10_000, description="Epochs of one training.")
     imgsz: int = Field(640, ge=32, le=4096, multiple_of=32, description="Longest side the detector sees, pixels.")
     train_batch: int = Field(16, ge=1, le=1024, description="Images in one training step.")
+    nominal_batch: int = Field(
+        64, ge=1, le=1024, description="Images per optimizer step. With few labels, set it to `train_batch`."
+    )
     optimizer: Literal["auto", "SGD", "Adam", "AdamW"] = Field("auto", description="Optimizer of the training.")
     lr0: float | None = Field(None, gt=0, le=1, description="First learning rate. Default: ultralytics' own choice.")
     mosaic: float = Field(1.0, ge=0, le=1, description="Share of training images that are mosaics.")

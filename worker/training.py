@@ -50,6 +50,7 @@ class TrainRequest:
     epochs: int
     imgsz: int  # pixels, longest side
     train_batch: int
+    nominal_batch: int = 64  # images per optimizer step: smaller batches are accumulated up to it (ultralytics' nbs)
     optimizer: str = "auto"
     lr0: float | None = None  # None: ultralytics' own choice
     mosaic: float = 1.0
@@ -339,7 +340,10 @@ def _build_trainer(run: _Run, start: _Start) -> Any:
         "epochs": request.epochs,
         "imgsz": request.imgsz,
         "batch": request.train_batch,
+        "nbs": request.nominal_batch,
         "optimizer": request.optimizer,
+        # ultralytics warms biases up from .1, which is for SGD: its own 'auto' sets 0 with AdamW
+        **({"warmup_bias_lr": 0.0} if request.optimizer in ("Adam", "AdamW") else {}),
         "mosaic": request.mosaic,
         "mixup": request.mixup,
         "close_mosaic": request.close_mosaic,

@@ -230,8 +230,8 @@ function drawCharts(force = false) {
     hoverlabel: { bgcolor: colour("card"), bordercolor: colour("line"), font: { color: colour("ink") } },
   };
   const config = { displayModeBar: false, responsive: true };
-  drawCurve(curve, layout, axis, colour, config);
   drawClasses(classes, layout, axis, colour, config);
+  drawCurve(curve, layout, axis, colour, config); // after it: the cards are as high as the higher one
 }
 
 function drawCurve(curve, layout, axis, colour, config) {

@@ -110,10 +110,8 @@ def test_a_guarded_backend_is_connected_with_basic_auth_and_its_webhook_gets_the
     (hook,) = project.webhooks()
     assert hook["headers"] == {"Authorization": "Basic " + base64.b64encode(b"label:studio").decode()}
     assert set(hook["actions"]) == WANTED_ACTIONS
-    annotation = project.label(stage.batch(project, 0)[0])
-    assert [event.key.partition("@")[0] for event in stage.events(project, "ANNOTATION_CREATED")] == [
-        f'ANNOTATION_CREATED:"{annotation}'
-    ]
+    project.label(stage.batch(project, 0)[0])
+    assert len(stage.events(project, "ANNOTATION_CREATED")) == 1
     assert stage.annotation_count(project) == 1
 
 
