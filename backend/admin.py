@@ -35,7 +35,6 @@ from backend.views import BatchView, ProjectCard, ProjectStatus, ProjectView, Ro
 from worker import queue, rounds
 from worker.artifacts import round_key, sha256
 from worker.errors import (
-    CredentialsMissing,
     HardfirstError,
     ImageUnusable,
     NotFound,

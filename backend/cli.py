@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from worker import queue
 from worker.errors import HardfirstError
 from worker.settings import load_settings
 
@@ -30,6 +31,8 @@ def up(
     from backend import supervisor
 
     settings = load_settings(**_given(data_dir=data, host=host, port=port))
+    if settings.redis_url:
+        queue.connect(settings.redis_url)  # refuse what is no Redis URL before five children repeat it
     children, redis_url = supervisor.up_children(settings)
 
     def say_where() -> None:

@@ -40,9 +40,19 @@ ROOT = Path(__file__).resolve().parent.parent
 USERNAME, PASSWORD = "admin@hardfirst.demo", "hardfirst-demo"
 UPLOAD_AT_ONCE = 50  # files in one request; Label Studio reads them all into memory
 ROUND_MINUTES = 45.0
-ROUND_SETTINGS: dict[str, Any] = {"batch_size": 60, "imgsz": 160, "epochs": 15, "train_batch": 4, "nominal_batch": 4}
-# Learns the factory floor from nothing: small steps, many of them, since there may be no pretrained weights to start from.
-FROM_SCRATCH: dict[str, Any] = {"weights": "yolov8n.yaml", "optimizer": "AdamW", "lr0": 0.002, "holdout_size": 70}
+# Learns the factory floor from nothing in minutes: small steps, many of them, since there may be no pretrained weights.
+GENERATED: dict[str, Any] = {
+    "batch_size": 60,
+    "holdout_size": 70,
+    "imgsz": 160,
+    "epochs": 15,
+    "train_batch": 4,
+    "nominal_batch": 4,
+    "optimizer": "AdamW",
+    "lr0": 0.002,
+    "weights": "yolov8n.yaml",
+}
+OWN_DATA: dict[str, Any] = {"batch_size": 100, "imgsz": 160, "epochs": 30}
 
 
 @dataclass(frozen=True)
@@ -100,10 +110,11 @@ def run(
 
 
 def _defaults(data_yaml: Path | None) -> dict[str, Any]:
-    """Settings the backend is connected with. Somebody's own data starts from real weights, where there are any."""
-    if data_yaml is not None or os.environ.get("HARDFIRST_WEIGHTS"):
-        return dict(ROUND_SETTINGS)
-    return {**ROUND_SETTINGS, **FROM_SCRATCH}
+    """Settings the backend is connected with. Own data starts from HARDFIRST_WEIGHTS or yolo11n.pt, where there are any."""
+    if data_yaml is not None:
+        return dict(OWN_DATA)
+    without_weights = {name: value for name, value in GENERATED.items() if name != "weights"}
+    return without_weights if os.environ.get("HARDFIRST_WEIGHTS") else dict(GENERATED)
 
 
 def _dataset(root: Path, data_yaml: Path | None, n_images: int, seed: int, console: Console) -> Dataset:
@@ -231,7 +242,7 @@ def _task(image: TrueImage, url: str, dataset: Dataset) -> dict[str, Any]:
 
 def _upload(stage: Stage, api: httpx.Client, project_id: int, paths: Sequence[Path]) -> list[str]:
     """The address of each file on Label Studio, in the order of `paths`."""
-    urls: list[str] = []
+    ids: list[int] = []
     with _bar(stage.console, f"uploading {len(paths)} images to Label Studio", len(paths)) as advance:
         for start in range(0, len(paths), UPLOAD_AT_ONCE):
             chunk = paths[start : start + UPLOAD_AT_ONCE]
@@ -240,10 +251,11 @@ def _upload(stage: Stage, api: httpx.Client, project_id: int, paths: Sequence[Pa
             answer = _json(
                 api.post(f"/api/projects/{project_id}/import", params={"commit_to_project": "false"}, files=files)
             )
-            for upload_id in answer["file_upload_ids"]:
-                urls.append("/data/" + _json(api.get(f"/api/import/file-upload/{upload_id}"))["file"].lstrip("/"))
-            advance(len(urls))
-    return urls
+            ids += answer["file_upload_ids"]
+            advance(len(ids))
+    known = _json(api.get(f"/api/projects/{project_id}/file-uploads", params={"all": "true"}))
+    place_of = {int(upload["id"]): str(upload["file"]).lstrip("/") for upload in known}
+    return [f"/data/{place_of[upload_id]}" for upload_id in ids]
 
 
 def _annotators(stage: Stage) -> list[Annotator]:

@@ -44,9 +44,10 @@ def select_and_publish(work: Work) -> None:
     batch = _select(work)
     _write_selection(work, batch)
     version = model_version(work.round.number)
-    _send_predictions(work, version, batch)
+    sent = _send_predictions(work, version, batch)
     work.lease.check()
-    own.label_studio.publish_version(work.project.id, version)
+    if sent:  # Label Studio refuses a version of which it has no prediction: nothing is left to label
+        own.label_studio.publish_version(work.project.id, version)
     view_id = own.label_studio.show_batch_tab(work.project.id, version, work.project.view_id)
 
     def then(connection: Connection) -> None:
@@ -182,8 +183,8 @@ def _write_selection(work: Work, batch: Batch) -> None:
     own.artifacts.put(work.key("manifest.json"), json.dumps(manifest, indent=1).encode())
 
 
-def _send_predictions(work: Work, version: str, batch: Batch) -> None:
-    """Everything under the new version, while the old one is still served; whole, or not at all.
+def _send_predictions(work: Work, version: str, batch: Batch) -> int:
+    """Everything under the new version, while the old one is still served; whole, or not at all. How many there are.
 
     A killed attempt may have left some: they go first, or tasks would have two predictions of one version.
     """
@@ -191,7 +192,7 @@ def _send_predictions(work: Work, version: str, batch: Batch) -> None:
     with work.services.store.read() as connection:
         wanted = _predictions_count(connection, work)
     if api.project(work.project.id).get("model_version") == version:
-        return  # an attempt that was killed after the switch: everything was written before it
+        return wanted  # an attempt that was killed after the switch: everything was written before it
     if api.versions(work.project.id).get(version):
         api.delete_version(work.project.id, version)
     try:
@@ -206,6 +207,7 @@ def _send_predictions(work: Work, version: str, batch: Batch) -> None:
         if api.versions(work.project.id).get(version):
             api.delete_version(work.project.id, version)
         raise
+    return wanted
 
 
 def _unlabelled_scores(work: Work) -> Any:

@@ -179,6 +179,8 @@ def score_late(own: Services, project: Row[Any]) -> None:
         project.id,
         [prediction(row.task_id, row.regions, row.published_score, version, bool(row.holdout)) for row in unsent],
     )
+    if unsent:  # a version is served from its first prediction on: a round that emptied the pool had none
+        own.label_studio.publish_version(project.id, version)
     mark_sent(own, project.published_round_id, [row.task_id for row in unsent])
 
 

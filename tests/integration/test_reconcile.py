@@ -159,5 +159,5 @@ def test_a_deleted_project_is_named_and_does_not_stop_the_others(stage: Any) -> 
         kept.label(task_id)
     assert gone.api.delete(f"/api/projects/{gone.id}/").status_code == 204
     stage.reconcile()
-    assert stage.row(gone).problem == "Label Studio no longer has this project"
+    assert "Label Studio no longer has" in stage.row(gone).problem
     assert numbers(stage, kept) == [0, 1]

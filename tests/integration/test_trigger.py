@@ -144,5 +144,11 @@ def test_an_empty_pool_ends_the_loop_without_an_error(stage: Any) -> None:
     assert stage.round(project, 1).holdout_labels == 2
     assert stage.round(project, 1).map50 is not None
     assert numbers(stage, project) == [0, 1]
+    assert stage.row(project).problem is None
     manifest = json.loads(stage.services.artifacts.get(f"p{project.id}/r000001/manifest.json"))
     assert "the pool is empty" in manifest["notes"]
+    (new,) = project.add_images([20])  # the pool has a task again: the loop goes on by itself
+    stage.work()
+    (found,) = project.predictions()[new]
+    assert found["model_version"] == "al-000001"
+    assert project.remote()["model_version"] == "al-000001"

@@ -1,0 +1,86 @@
+"""The command line: what is started, and what is said when it cannot be."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import httpx
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+
+
+def _hardfirst(*arguments: str, **environment: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "backend.cli", *arguments],
+        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _await(url: str, process: subprocess.Popen[str], seconds: float = 60) -> httpx.Response:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        assert process.poll() is None, process.stdout and process.stdout.read()
+        try:
+            return httpx.get(url, timeout=5, trust_env=False)
+        except httpx.HTTPError:
+            time.sleep(0.2)
+    raise TimeoutError(url)
+
+
+def test_up_starts_without_a_token_says_what_to_do_and_leaves_nothing_behind(tmp_path: Path) -> None:
+    port = _free_port()
+    process = _hardfirst("up", "--data", str(tmp_path / "data"), "--port", str(port), LABEL_STUDIO_API_KEY="")
+    try:
+        assert _await(f"http://127.0.0.1:{port}/health", process).json()["status"] == "UP"
+        config = (ROOT / "label_config.xml").read_text()
+        body = {"project": "5.1", "schema": config, "extra_params": None}
+        answer = httpx.post(f"http://127.0.0.1:{port}/setup", json=body, timeout=20, trust_env=False)
+        assert (answer.status_code, answer.json()) == (200, {"model_version": "hardfirst-pending"})
+        page = httpx.get(f"http://127.0.0.1:{port}/", timeout=20, trust_env=False).text
+        assert "LABEL_STUDIO_API_KEY" in page
+        assert "Access Token" in page
+    finally:
+        process.send_signal(signal.SIGTERM)
+        output, _ = process.communicate(timeout=40)
+    assert process.returncode == 0, output
+    assert "set LABEL_STUDIO_API_KEY" in output
+    listed = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
+    assert str(tmp_path) not in listed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment", "sentence"),
+    [
+        (["up"], {"HARDFIRST_PORT": "http"}, "valid integer"),
+        (["up"], {"HARDFIRST_USER": "ann"}, "belong together"),
+        (["up"], {"REDIS_URL": "localhost"}, "REDIS_URL must start with"),
+        (["demo", "--exit", "--data", "nowhere.yaml"], {}, "nowhere.yaml cannot be read"),
+    ],
+)
+def test_what_cannot_be_is_one_sentence_and_code_1(
+    tmp_path: Path, arguments: list[str], environment: dict[str, str], sentence: str
+) -> None:
+    process = _hardfirst(*arguments, HARDFIRST_DATA_DIR=str(tmp_path), **environment)
+    try:
+        output, _ = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 1, output
+    assert sentence in output
+    assert "Traceback" not in output
