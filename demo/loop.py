@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import httpx
 from rich.console import Console
@@ -85,6 +85,29 @@ def run(
 ) -> int:
     """Exit code: 0 when every round closed and every batch was served in its order."""
     console = Console(stderr=stop_at_end, highlight=False)  # with --exit, standard output is the JSON line
+    signal.signal(signal.SIGTERM, _interrupt)  # a supervisor's stop is a person's: the servers are stopped in order
+    try:
+        return _run(stop_at_end, data_yaml, n_rounds, folder, seed, port, images, extra_params, console)
+    except KeyboardInterrupt:
+        console.print("stopped")
+        return 130
+
+
+def _interrupt(_signal: int, _frame: object) -> None:
+    raise KeyboardInterrupt
+
+
+def _run(
+    stop_at_end: bool,
+    data_yaml: Path | None,
+    n_rounds: int,
+    folder: Path | None,
+    seed: int,
+    port: int,
+    images: int,
+    extra_params: dict[str, Any],
+    console: Console,
+) -> int:
     began = time.monotonic()
     with ExitStack() as stack:
         root = folder or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="hardfirst-demo-")))
@@ -105,7 +128,8 @@ def run(
         if stop_at_end:
             print(json.dumps(summary), flush=True)
         else:
-            _stay(stage, closed)
+            _say_where(stage, closed)
+            _stay()
     return 0 if closed else 1
 
 
@@ -341,8 +365,7 @@ def _record(stage: Stage, store: Store, project_id: int, number: int) -> dict[st
     }
 
 
-def _stay(stage: Stage, closed: bool) -> None:
-    """Everything goes on until Ctrl-C: somebody wants to look."""
+def _say_where(stage: Stage, closed: bool) -> None:
     stage.console.print(
         f"\n[bold]{'The loop is closed.' if closed else 'The loop did not close.'}[/] Have a look:\n"
         f"  hardfirst     {stage.backend_url}\n"
@@ -350,11 +373,12 @@ def _stay(stage: Stage, closed: bool) -> None:
         f"  logs          {stage.folder}\n"
         "Ctrl-C stops everything."
     )
-    try:
-        signal.sigwait({signal.SIGINT, signal.SIGTERM})
-    except KeyboardInterrupt:
-        pass
-    stage.console.print("stopping ...")
+
+
+def _stay() -> NoReturn:
+    """Everything goes on until Ctrl-C: somebody wants to look."""
+    while True:
+        signal.pause()  # until Ctrl-C or SIGTERM, which both end in KeyboardInterrupt
 
 
 @contextmanager
