@@ -37,12 +37,13 @@ def attach_project(work: Work) -> None:
         if not connection.execute(live).scalar_one():
             raise NothingToLabel
     weights = _embedding_weights(work, label_map)
+    shards = plan_scoring(work)
 
     def then(connection: Connection) -> None:
         connection.execute(update(round_rows).where(round_rows.c.id == work.round.id).values(**weights.columns))
         here = update(projects).where(projects.c.id == work.project.id)
         connection.execute(here.values(problem=None, notice=weights.notice))
-        plan_scoring(connection, work)
+        steps.add(connection, work.round.id, "score", shards)
 
     steps.finish(work.lease, then)
 

@@ -14,6 +14,7 @@ from itertools import islice
 from typing import Any
 
 import httpx
+
 from worker.errors import (
     CredentialsMissing,
     LabelStudioRefused,
@@ -212,7 +213,9 @@ class LabelStudio:
 
 
 def _sdk_client(url: str, api_key: str) -> Any:
-    from label_studio_sdk.client import LabelStudio as SdkClient  # half a second of imports: not when a web process starts
+    from label_studio_sdk.client import (
+        LabelStudio as SdkClient,  # half a second of imports: not when a web process starts
+    )
 
     make: Any = SdkClient  # untyped
     return make(base_url=url, api_key=api_key)

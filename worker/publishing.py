@@ -31,6 +31,7 @@ from worker.store import (
     projects,
     scores,
     tasks,
+    write_rows,
 )
 from worker.store import rounds as round_rows
 from worker.syncing import sync_project
@@ -113,13 +114,14 @@ def _draw_splits(
         rng = generator(settings, work.project.id, 0, "holdout")
         chosen, notes = draw_holdout(scored, is_labelled, size, settings.near_duplicate_threshold, rng)
     new = {task_id: task_id in chosen for task_id, value in held.items() if value is None}
-    with work.services.store.write() as connection:
-        connection.execute(
-            update(tasks).where(
-                tasks.c.project_id == work.project.id, tasks.c.task_id == bindparam("of"), tasks.c.holdout.is_(None)
-            ),
-            [{"of": task_id, "holdout": value} for task_id, value in new.items()],
-        )
+    undrawn = update(tasks).where(
+        tasks.c.project_id == work.project.id, tasks.c.task_id == bindparam("of"), tasks.c.holdout.is_(None)
+    )
+    if chosen:  # the holdout in one transaction: killed after it, the next attempt draws no second one
+        with work.services.store.write() as connection:
+            connection.execute(undrawn.values(holdout=True), [{"of": task_id} for task_id in chosen])
+    rest = [{"of": task_id} for task_id, value in new.items() if not value]
+    write_rows(work.services.store, undrawn.values(holdout=False), rest)
     return {**held, **new}, notes
 
 
@@ -148,25 +150,24 @@ def _write_selection(work: Work, batch: Batch) -> None:
     own = work.services
     rank_of = {task_id: rank for rank, task_id in enumerate(batch.task_ids)}
     n = len(batch.task_ids)
-    with own.store.write() as connection:
+    with own.store.read() as connection:
         ids = connection.execute(select(scores.c.task_id).where(scores.c.round_id == work.round.id)).scalars().all()
-        values = []
-        for task_id in ids:
-            utility = batch.utilities.get(task_id, 0.0)
-            part = batch.parts.get(task_id, {})
-            values.append(
-                {
-                    "of": task_id,
-                    "rank": rank_of.get(task_id),
-                    "utility": utility,
-                    "uncertainty": part.get("uncertainty"),
-                    "diversity": part.get("diversity"),
-                    "published_score": published_score(rank_of.get(task_id), utility, n),
-                }
-            )
-        if values:
-            this = (scores.c.round_id == work.round.id, scores.c.task_id == bindparam("of"))
-            connection.execute(update(scores).where(*this), values)
+    values = []
+    for task_id in ids:
+        utility = batch.utilities.get(task_id, 0.0)
+        part = batch.parts.get(task_id, {})
+        values.append(
+            {
+                "of": task_id,
+                "rank": rank_of.get(task_id),
+                "utility": utility,
+                "uncertainty": part.get("uncertainty"),
+                "diversity": part.get("diversity"),
+                "published_score": published_score(rank_of.get(task_id), utility, n),
+            }
+        )
+    this = (scores.c.round_id == work.round.id, scores.c.task_id == bindparam("of"))
+    write_rows(own.store, update(scores).where(*this), values)
     note = {"strategy": batch.strategy, "options": batch.options, "late": batch.late, "notes": batch.notes}
     own.artifacts.put_arrays(work.key("selection.npz"), batch.late_arrays, note)
     manifest = {

@@ -63,11 +63,13 @@ def train_and_measure(work: Work) -> None:
     }
     values = {"labels": dataset.n_images, "boxes": dataset.n_boxes, "report": json.dumps(report), **measured.columns}
 
+    shards = plan_scoring(work)
+
     def then(connection: Connection) -> None:
         this = update(round_rows).where(round_rows.c.id == work.round.id)
         connection.execute(this.values(**values, **weights, embedder="the round's detector"))
         _write_curve(connection, work, measured)
-        plan_scoring(connection, work)
+        steps.add(connection, work.round.id, "score", shards)
 
     steps.finish(work.lease, then)
     shutil.rmtree(own.round_dir(work.project.id, work.round.number), ignore_errors=True)

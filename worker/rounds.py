@@ -265,9 +265,12 @@ def forget_annotations(connection: Connection, project_id: int, annotation_ids: 
 
 def remember_tasks(connection: Connection, project_id: int, images: Mapping[int, str]) -> None:
     """New tasks join the pool; known ones keep their split and get their image's present address."""
-    known = dict(
-        connection.execute(select(tasks.c.task_id, tasks.c.image).where(tasks.c.project_id == project_id)).tuples().all()
-    )
+    ids = list(images)
+    known: dict[int, str] = {}
+    for start in range(0, len(ids), 500):
+        these = (tasks.c.project_id == project_id, tasks.c.task_id.in_(ids[start : start + 500]))
+        query = select(tasks.c.task_id, tasks.c.image).where(*these)
+        known |= {int(row.task_id): str(row.image) for row in connection.execute(query)}
     new = [
         {"project_id": project_id, "task_id": task_id, "image": image, "deleted": False}
         for task_id, image in images.items()

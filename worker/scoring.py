@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from sqlalchemy import Connection, Row, bindparam, delete, func, select, update
+from sqlalchemy import Connection, Row, bindparam, delete, func, insert, select, update
 
 from worker import steps
 from worker.boxes import LabelMap
@@ -21,6 +21,7 @@ from worker.store import (
     labelled_task_ids,
     scores,
     tasks,
+    write_rows,
 )
 from worker.work import MEASURES, Work
 
@@ -30,21 +31,25 @@ LATE_AT_ONCE = 512
 LATE_SHARD = -1
 
 
-def plan_scoring(connection: Connection, work: Work) -> None:
-    """Shards of all live tasks: the pool for its utility, the labelled and the holdout for their embeddings."""
-    connection.execute(delete(scores).where(scores.c.round_id == work.round.id))
-    ids = connection.execute(
-        select(tasks.c.task_id)
-        .where(tasks.c.project_id == work.project.id, ~tasks.c.deleted, tasks.c.image != "")
-        .order_by(tasks.c.task_id)
-    ).scalars()
-    size = work.services.settings.shard_size
+def plan_scoring(work: Work) -> range:
+    """Rows of all live tasks, by shard: the pool for its utility, the labelled and the holdout for their embeddings.
+
+    Returns the shards: steps to add in the transaction that ends the step before.
+    """
+    own = work.services
+    with own.store.write() as connection:
+        connection.execute(delete(scores).where(scores.c.round_id == work.round.id))
+        query = select(tasks.c.task_id).where(
+            tasks.c.project_id == work.project.id, ~tasks.c.deleted, tasks.c.image != ""
+        )
+        ids = connection.execute(query.order_by(tasks.c.task_id)).scalars().all()
+    size = own.settings.shard_size
     rows = [
         {"round_id": work.round.id, "task_id": task_id, "shard": position // size}
-        for position, task_id in enumerate(ids.all())
+        for position, task_id in enumerate(ids)
     ]
-    insert_or_ignore(connection, scores, rows)
-    steps.add(connection, work.round.id, "score", shards=range(rows[-1]["shard"] + 1 if rows else 1))
+    write_rows(own.store, insert(scores), rows)
+    return range(-(-len(rows) // size) or 1)
 
 
 def score_one_shard(work: Work) -> None:

@@ -24,6 +24,7 @@ from sqlalchemy import (
     Column,
     Connection,
     Engine,
+    Executable,
     Float,
     ForeignKey,
     Index,
@@ -276,6 +277,16 @@ def upsert(connection: Connection, table: Table, rows: Sequence[Mapping[str, Any
         statement = dialect.insert(table).values(list(chunk))
         new = {name: statement.excluded[name] for name in changed}
         connection.execute(statement.on_conflict_do_update(index_elements=keys, set_=new))
+
+
+def write_rows(store: Store, statement: Executable, rows: Sequence[Mapping[str, Any]]) -> None:
+    """One statement over many rows, in transactions so short that a webhook between two of them is not kept waiting.
+
+    Only for what may be done twice: killed half-way, the caller begins again.
+    """
+    for chunk in _chunks(rows, 2000):
+        with store.write() as connection:
+            connection.execute(statement, list(chunk))
 
 
 def _chunks(rows: Sequence[Mapping[str, Any]], size: int) -> Iterator[Sequence[Mapping[str, Any]]]:

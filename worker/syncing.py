@@ -27,39 +27,48 @@ def sync_project(own: Services, project_id: int, *, everything: bool = False) ->
     Counters decide whether there is anything to do, unless `everything`: listing 80,000 tasks takes a minute.
     """
     remote = own.label_studio.project(project_id)
-    with own.store.read() as connection:
-        project = get_project(connection, project_id)
-        stale = everything or _counters_differ(connection, project_id, remote)
-    label_config = str(remote.get("label_config") or project.label_config)
-    if stale:
-        key = LabelMap.from_config(label_config).image_key
-        images: dict[int, str] = {}
-        declared: list[int] = []
-        for page in own.label_studio.tasks(project_id):
-            images |= {int(task["id"]): str((task.get("data") or {}).get(key) or "") for task in page}
-            declared += [int(task["id"]) for task in page if (task.get("data") or {}).get(SPLIT_FIELD) == "holdout"]
-        found = [
-            {**annotation, "task": task["id"]}
-            for page in own.label_studio.tasks(project_id, labelled_only=True)
-            for task in page
-            for annotation in task.get("annotations") or []
-        ]
     with own.store.write() as connection:
+        project = get_project(connection, project_id)
+        label_config = str(remote.get("label_config") or project.label_config)
         values = {"title": str(remote.get("title") or "")[:200], "label_config": label_config}
         connection.execute(update(projects).where(projects.c.id == project_id).values(**values))
-        if not stale:
-            return
-        rounds.remember_tasks(connection, project_id, images)
+        stale = everything or _counters_differ(connection, project_id, remote)
+    if stale:
+        _sync_tasks(own, project_id, LabelMap.from_config(label_config).image_key)
+        _sync_annotations(own, project_id)
+        with own.store.write() as connection:
+            here = update(projects).where(projects.c.id == project_id)
+            connection.execute(here.values(reconciled_at=time.time()))
+
+
+def _sync_tasks(own: Services, project_id: int, image_key: str) -> None:
+    """Page by page: a transaction over 80,000 rows would keep webhooks waiting."""
+    present: set[int] = set()
+    declared: list[int] = []
+    for page in own.label_studio.tasks(project_id):
+        images = {int(task["id"]): str((task.get("data") or {}).get(image_key) or "") for task in page}
+        declared += [int(task["id"]) for task in page if (task.get("data") or {}).get(SPLIT_FIELD) == "holdout"]
+        present |= set(images)
+        with own.store.write() as connection:
+            rounds.remember_tasks(connection, project_id, images)
+            _note_missing_images(connection, project_id, images, image_key)
+    with own.store.write() as connection:
         rounds.declare_holdout(connection, project_id, declared)
-        rounds.forget_missing_tasks(connection, project_id, set(images))
-        _note_missing_images(connection, project_id, images, key)
-        rounds.remember_annotations(connection, project_id, found)
-        kept = {int(annotation["id"]) for annotation in found}
-        known = connection.execute(
-            select(task_annotations.c.annotation_id).where(task_annotations.c.project_id == project_id)
-        ).scalars()
-        rounds.forget_annotations(connection, project_id, [key for key in known.all() if key not in kept])
-        connection.execute(update(projects).where(projects.c.id == project_id).values(reconciled_at=time.time()))
+        rounds.forget_missing_tasks(connection, project_id, present)
+
+
+def _sync_annotations(own: Services, project_id: int) -> None:
+    known = select(task_annotations.c.annotation_id).where(task_annotations.c.project_id == project_id)
+    with own.store.read() as connection:
+        before = set(connection.execute(known).scalars().all())  # what a webhook brings from now on is not missing
+    kept: set[int] = set()
+    for page in own.label_studio.tasks(project_id, labelled_only=True):
+        found = [{**one, "task": task["id"]} for task in page for one in task.get("annotations") or []]
+        kept |= {int(one["id"]) for one in found}
+        with own.store.write() as connection:
+            rounds.remember_annotations(connection, project_id, found)
+    with own.store.write() as connection:
+        rounds.forget_annotations(connection, project_id, before - kept)
 
 
 def _note_missing_images(connection: Connection, project_id: int, images: Mapping[int, str], key: str) -> None:

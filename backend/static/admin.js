@@ -59,6 +59,7 @@ async function refresh() {
   if (!response.ok) return;
   const fresh = new DOMParser().parseFromString(await response.text(), "text/html");
   localTimes(fresh);
+  const batchBefore = byId("batch-about")?.textContent;
   for (const section of fresh.querySelectorAll("[data-live][id]")) {
     const old = byId(section.id);
     if (old && !old.isEqualNode(section)) {
@@ -67,6 +68,7 @@ async function refresh() {
     }
   }
   replaceTasks(fresh);
+  if (byId("batch-about")?.textContent !== batchBefore) showSelection();
   drawCharts();
 }
 

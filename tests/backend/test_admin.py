@@ -56,7 +56,7 @@ def uploads() -> Iterator[Any]:
     server: Any = ThreadingHTTPServer(("127.0.0.1", 0), StandIn)
     server.images, server.asked, server.status = {}, [], 200
     server.url = f"http://127.0.0.1:{server.server_port}"
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
     thread.start()
     yield server
     server.shutdown()
@@ -430,7 +430,7 @@ def test_sparkline_stands_on_zero_and_survives_few_points() -> None:
     [
         (0, "0 s"), (99.4, "99 s"), (100, "2 min"), (5940, "99 min"), (6000, "1 h 40 min"), (7200, "2 h"),
         (273600, "3 d 4 h"),
-    ],  # fmt: skip
+    ],
 )
 def test_duration_words(seconds: float, words: str) -> None:
     assert views.duration_words(seconds) == words
