@@ -67,7 +67,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
 
 
 def _read_some_label_config() -> None:
-    """The first parse imports half a second of modules; Label Studio gives /setup three seconds, on a busy machine too."""
+    """The first parse imports half a second of modules; Label Studio gives /setup three, on a busy machine too."""
     LabelMap.from_config(
         '<View><Image name="image" value="$image"/><RectangleLabels name="label" toName="image"><Label value="a"/>'
         "</RectangleLabels></View>"

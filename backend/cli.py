@@ -36,7 +36,9 @@ def up(
     children, redis_url = supervisor.up_children(settings)
 
     def say_where() -> None:
-        typer.echo(f"hardfirst answers at http://{settings.host}:{settings.port}  (Label Studio: {settings.label_studio_url})")
+        typer.echo(
+            f"hardfirst answers at http://{settings.host}:{settings.port}  (Label Studio: {settings.label_studio_url})"
+        )
         typer.echo(f"store {settings.store_url}, queue {_without_password(redis_url)}")
         if not settings.api_key:
             typer.echo("No token: Label Studio: Account & Settings -> Access Token; set LABEL_STUDIO_API_KEY")

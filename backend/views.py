@@ -57,7 +57,7 @@ STAGES: Mapping[str, tuple[Phase, ...]] = {
 PHASE_OF_STATE: Mapping[str, Phase] = {
     "waiting": "waiting",
     "attaching": "attaching",
-    "training": "preparing",
+    "training": "training",
     "scoring": "scoring",
     "publishing": "publishing",
 }
@@ -350,7 +350,7 @@ def status_of(connection: Connection, project: Row[Any], progress: Mapping[str, 
         now=now,
         counts=counts,
         next_round=None if last is None or is_open else _next_round(connection, project, last),
-        problem=project.problem if now.kind != "failed" or project.problem != now.detail else None,
+        problem=project.problem if project.problem and project.problem not in now.detail else None,
         notice=None if learned else project.notice,  # it tells how things are before the first training
         can_start=not is_open,
         can_cancel=is_open,
@@ -387,15 +387,16 @@ def _working(connection: Connection, row: Row[Any], progress: Mapping[str, Any],
     told = progress.get("phase") if progress.get("round") == row.number else None
     believed = told in PHASES_OF_STATE.get(row.state, ())
     phase: Phase = told if believed else PHASE_OF_STATE[row.state]  # type: ignore[assignment]  # told is in the table
+    waiting, detail = _waiting(connection, row.id)
     done, total = _amount(connection, row, phase, progress if believed else {}, counts)
     eta = _number(progress.get("eta_seconds")) if believed else None
     told_losses = progress.get("losses") if believed and phase == "training" else None
     losses = told_losses if isinstance(told_losses, dict) else {}
-    amount = "" if done is None else f" {done}" + (f"/{total}" if total else "")
+    amount = "" if done is None else f"{' epoch' * (phase == 'training')} {done}" + (f"/{total}" if total else "")
     return Now(
         kind="working",
-        words=f"{PHASE_WORDS[phase]}{' epoch' if phase == 'training' else ''}{amount}",
-        detail=_waiting_for(connection, row) or str(row.why),
+        words=PHASE_WORDS["waiting"] if waiting and not believed else f"{PHASE_WORDS[phase]}{amount}",
+        detail=detail or str(row.why),
         round_number=row.number,
         phase=phase,
         fraction=None if done is None or not total else min((done - (phase == "training")) / total, 1.0),
@@ -432,20 +433,22 @@ def _scored(connection: Connection, round_id: int) -> tuple[int, int]:
     return int(done), int(total)
 
 
-def _waiting_for(connection: Connection, row: Row[Any]) -> str:
-    """Why an open round does not go on, when it does not."""
+def _waiting(connection: Connection, round_id: int) -> tuple[bool, str]:
+    """Whether an open round has work that nobody does at this moment, and why not, where that is known."""
     query = select(steps.c.state, steps.c.sent_at, steps.c.error).where(
-        steps.c.round_id == row.id, steps.c.state.in_(("waiting", "sent", "running"))
+        steps.c.round_id == round_id, steps.c.state.in_(("waiting", "sent", "running"))
     )
     found = connection.execute(query.limit(500)).all()
+    if not found or any(step.state == "running" for step in found):
+        return False, ""
     for step in found:
         if step.state == "waiting" and step.error:
-            return f"Tried again soon: {step.error}"
-    oldest = min((step.sent_at or time.time() for step in found if step.state == "sent"), default=None)
-    if oldest and time.time() - oldest > UNTAKEN_AFTER and not any(step.state == "running" for step in found):
-        waited = duration_words(time.time() - oldest)
-        return f"In the queue for {waited}, and no worker has taken it: is one running, or busy with another project?"
-    return ""
+            return True, f"Tried again soon: {step.error}"
+    oldest = min((step.sent_at or time.time() for step in found if step.state == "sent"), default=time.time())
+    if time.time() - oldest < UNTAKEN_AFTER:
+        return True, ""
+    waited = duration_words(time.time() - oldest)
+    return True, f"In the queue for {waited}, and no worker has taken it: is one running, or busy with another project?"
 
 
 def _stages(number: int, phase: Phase) -> list[Stage]:

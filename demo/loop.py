@@ -134,7 +134,7 @@ def _run(
 
 
 def _defaults(data_yaml: Path | None) -> dict[str, Any]:
-    """Settings the backend is connected with. Own data starts from HARDFIRST_WEIGHTS or yolo11n.pt, where there are any."""
+    """Settings the backend is connected with. Own data starts from HARDFIRST_WEIGHTS or yolo11n.pt, if there are any."""
     if data_yaml is not None:
         return dict(OWN_DATA)
     without_weights = {name: value for name, value in GENERATED.items() if name != "weights"}
@@ -180,7 +180,16 @@ def _up(root: Path, settings: Settings, token: str) -> Iterator[None]:
     }
     parent = os.getpid()
     log_path = root / "hardfirst.log"
-    command = [sys.executable, "-m", "backend.cli", "up", "--data", str(settings.data_dir), "--port", str(settings.port)]
+    command = [
+        sys.executable,
+        "-m",
+        "backend.cli",
+        "up",
+        "--data",
+        str(settings.data_dir),
+        "--port",
+        str(settings.port),
+    ]
     with log_path.open("ab") as log:
         process = subprocess.Popen(
             command,
@@ -239,7 +248,8 @@ def _loop(stage: Stage, dataset: Dataset, n_rounds: int, extra_params: dict[str,
 def _project(stage: Stage, dataset: Dataset) -> tuple[int, dict[int, TrueImage]]:
     """A project with the images uploaded, the labelled ones annotated; and which task shows which image."""
     own_config = ROOT / "label_config.xml"
-    config = own_config.read_text() if dataset.names == factory.CLASSES else label_config(dataset.names)
+    is_ours = dataset.names == factory.CLASSES and own_config.is_file()  # not in an installed package
+    config = own_config.read_text(encoding="utf-8") if is_ours else label_config(dataset.names)
     with stage.api as api:
         created = _json(api.post("/api/projects/", json={"title": "hardfirst demo", "label_config": config}))
         project_id = int(created["id"])
@@ -327,7 +337,9 @@ def _await_batch(stage: Stage, store: Store, project_id: int, number: int) -> No
             if row is not None and row.number > number:
                 break
             if time.monotonic() > deadline:
-                raise Unavailable(f"round {number} did not end in {ROUND_MINUTES:g} minutes: {problem or 'no reason known'}")
+                raise Unavailable(
+                    f"round {number} did not end in {ROUND_MINUTES:g} minutes: {problem or 'no reason known'}"
+                )
             _show(shown, bar, number, queue.get_progress(redis, project_id))
             time.sleep(0.3)
     with stage.api as api:
@@ -354,9 +366,8 @@ def _record(stage: Stage, store: Store, project_id: int, number: int) -> dict[st
     row = found[0]
     verdict = loads(row.verdict).get("verdict")
     gain = "" if row.gain is None else f", gain {row.gain:+.3f}"
-    stage.console.print(
-        f"[bold]round {number}[/]: {row.labels} labels (holdout {row.holdout_labels}), mAP50 {row.map50:.3f}{gain}, {verdict}"
-    )
+    labels = f"{row.labels} labels (holdout {row.holdout_labels})"
+    stage.console.print(f"[bold]round {number}[/]: {labels}, mAP50 {row.map50:.3f}{gain}, {verdict}")
     return {
         "labels": row.labels,
         "map50": round(row.map50, 4),

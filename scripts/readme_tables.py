@@ -1,4 +1,4 @@
-"""The README's tables of settings, from the models they describe: prints them, or with --write puts them into README.md.
+"""The README's tables of settings, from the models they describe: printed, or with --write put into README.md.
 
 tests/test_docs.py holds the README to this.
 """

@@ -22,7 +22,7 @@ HardfirstError
     ├── NothingToLabel        the project has no tasks yet
     └── QueueUnavailable
 
-A job that meets `Unavailable` is put back and tried again; any other error ends its round with the sentence on the page.
+A job that meets `Unavailable` is put back and tried again; any other error ends its round, its sentence on the page.
 """
 
 from __future__ import annotations

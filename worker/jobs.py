@@ -129,8 +129,6 @@ def predict(project_id: int, images: Sequence[Sequence[Any]]) -> list[dict[str, 
     return score_alone(services(), project_id, [(int(task_id), str(image)) for task_id, image in images])
 
 
-
-
 def reconcile() -> None:
     """Every minute: send again what was lost, and find what webhooks missed."""
     own = services()
@@ -148,6 +146,8 @@ def reconcile() -> None:
         except HardfirstError as error:
             log.warning("project %s not reconciled: %s", project.id, error)
             _set_problem(own, project.id, str(error))
+        except Exception:  # one project's trouble must not keep the others from theirs
+            log.exception("project %s not reconciled", project.id)
         else:
             _forget_problem(own, project.id)
     steps.send_waiting(own.store, own.redis)
@@ -178,5 +178,7 @@ def _reconcile_project(own: Services, project: Row[Any]) -> None:
         opened = rounds.open_round_if_triggered(connection, project.id)
     if opened is not None:
         with own.store.write() as connection:
-            record_event(connection, project.id, "reconciled", detail="a round was opened for labels no webhook brought")
+            record_event(
+                connection, project.id, "reconciled", detail="a round was opened for labels no webhook brought"
+            )
     score_late(own, project)

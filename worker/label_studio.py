@@ -108,7 +108,9 @@ class LabelStudio:
     def _request(self, method: str, path: str, *, timeout: float = QUICK, **kwargs: Any) -> Any:
         headers = self.auth_headers()
         try:
-            response = self._http.request(method, path, headers=headers, timeout=httpx.Timeout(timeout, connect=5.0), **kwargs)
+            response = self._http.request(
+                method, path, headers=headers, timeout=httpx.Timeout(timeout, connect=5.0), **kwargs
+            )
         except httpx.HTTPError as error:
             raise LabelStudioUnavailable(
                 f"Label Studio at {self.url} does not answer ({method} {path}): {type(error).__name__}"

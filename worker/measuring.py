@@ -16,7 +16,10 @@ from worker.evaluation import Detections, Truth
 
 def truth_for(detections: Detections, truths: Sequence[TaskTruth]) -> Truth:
     """The labelled ones of the images that were looked at, their boxes in pixels of those images."""
-    size_of = {int(key): (int(width), int(height)) for key, (width, height) in zip(detections.keys, detections.sizes, strict=True)}
+    size_of = {
+        int(key): (int(width), int(height))
+        for key, (width, height) in zip(detections.keys, detections.sizes, strict=True)
+    }
     seen = [truth for truth in truths if truth.task_id in size_of]
     boxes = [yolo_to_xyxy(truth.boxes_yolo, *size_of[truth.task_id]) for truth in seen]
     return Truth(

@@ -206,7 +206,9 @@ class HardfirstModel(LabelStudioMLBase):  # type: ignore[misc]  # label_studio_m
             return [_answer([], 1.0, PENDING_VERSION, "the first batch is not published yet") for _ in tasks]
         return self._predict(project, round_row, tasks)
 
-    def _predict(self, project: Row[Any], round_row: Row[Any], tasks: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    def _predict(
+        self, project: Row[Any], round_row: Row[Any], tasks: Sequence[Mapping[str, Any]]
+    ) -> list[dict[str, Any]]:
         scorer = SCORERS.get(self.services, project, round_row)
         key = scorer.label_map.image_key
         images = [(int(task["id"]), str((task.get("data") or {}).get(key) or "")) for task in tasks]
@@ -226,6 +228,8 @@ def late_utilities(services: Services, round_row: Row[Any], scores: Sequence[Tas
         return [0.0 for _ in scores]
     kept, note = services.artifacts.get_arrays(selection_key(round_row))
     late = {**note["late"], **kept}
+    if not late:  # the pool was empty: there is nothing to compare with, and every new task is welcome
+        return [0.0 if score.embedding is None else 1.0 for score in scores]
     uncertainty = {name: np.array([score.measures[name] for score in usable]) for name in MEASURES}
     embeddings = np.stack([score.embedding for score in usable if score.embedding is not None])
     values = late_utility(note["strategy"], late, uncertainty, embeddings, note["options"])

@@ -99,9 +99,6 @@ def _select(work: Work) -> Batch:
     return batch
 
 
-
-
-
 def _draw_splits(
     work: Work, scored: ScoredTasks, is_labelled: Any, held: dict[int, bool | None]
 ) -> tuple[dict[int, bool | None], list[str]]:
@@ -203,7 +200,9 @@ def _send_predictions(work: Work, version: str, batch: Batch) -> int:
         if not names_missing_task(refused):
             raise
         sync_project(work.services, work.project.id, everything=True)
-        raise Unavailable("tasks were deleted in Label Studio while the batch was written; it is made anew") from refused
+        raise Unavailable(
+            "tasks were deleted in Label Studio while the batch was written; it is made anew"
+        ) from refused
     except HardfirstError:
         if api.versions(work.project.id).get(version):
             api.delete_version(work.project.id, version)
@@ -221,9 +220,7 @@ def _unlabelled_scores(work: Work) -> Any:
 
 
 def _predictions_count(connection: Connection, work: Work) -> int:
-    return int(
-        connection.execute(select(func.count()).select_from(_unlabelled_scores(work).subquery())).scalar_one()
-    )
+    return int(connection.execute(select(func.count()).select_from(_unlabelled_scores(work).subquery())).scalar_one())
 
 
 def _predictions(work: Work, version: str, total: int) -> Iterator[dict[str, Any]]:

@@ -231,11 +231,17 @@ def remember_annotations(connection: Connection, project_id: int, found: Iterabl
             select(task_annotations.c.annotation_id, task_annotations.c.updated_at).where(
                 task_annotations.c.project_id == project_id, task_annotations.c.annotation_id.in_(list(rows))
             )
-        ).tuples().all()
+        )
+        .tuples()
+        .all()
         if len(rows) < 500
         else connection.execute(
-            select(task_annotations.c.annotation_id, task_annotations.c.updated_at).where(task_annotations.c.project_id == project_id)
-        ).tuples().all()
+            select(task_annotations.c.annotation_id, task_annotations.c.updated_at).where(
+                task_annotations.c.project_id == project_id
+            )
+        )
+        .tuples()
+        .all()
     )
     fresh = [row for key, row in rows.items() if row["updated_at"] >= known.get(key, "")]
     upsert(connection, task_annotations, fresh)
@@ -252,7 +258,9 @@ def _annotation_row(project_id: int, item: Mapping[str, Any]) -> dict[str, Any]:
         "updated_at": str(item.get("updated_at") or "")[:40],
         "cancelled": bool(item.get("was_cancelled")),
         "lead_time": float(lead_time) if isinstance(lead_time, int | float) else None,
-        "n_boxes": sum(1 for region in regions if isinstance(region, dict) and "rectanglelabels" in str(region.get("type"))),
+        "n_boxes": sum(
+            1 for region in regions if isinstance(region, dict) and "rectanglelabels" in str(region.get("type"))
+        ),
     }
 
 

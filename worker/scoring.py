@@ -152,7 +152,9 @@ def _keep_answers(own: Services, project: Row[Any], task_ids: Sequence[int], ans
         )
         ours = set(known.scalars().all())  # a task of somebody's invention leaves no trace
         insert_or_ignore(connection, scores, [row for row in rows if row["task_id"] in ours])
-        note_problems(connection, project.id, {row["task_id"]: row["problem"] for row in rows if row["task_id"] in ours})
+        note_problems(
+            connection, project.id, {row["task_id"]: row["problem"] for row in rows if row["task_id"] in ours}
+        )
 
 
 def score_late(own: Services, project: Row[Any]) -> None:

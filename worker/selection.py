@@ -38,7 +38,7 @@ class ScoredTasks:
 class Batch:
     """The next batch: task ids in the order they are to be served, and the utility of every pool task.
 
-    `late` with `late_arrays` is what gives a utility to tasks that are scored later; `notes` are sentences for the page.
+    `late` with `late_arrays` gives a utility to tasks that are scored later; `notes` are sentences for the page.
     """
 
     task_ids: list[int]
@@ -164,7 +164,9 @@ def _as_batch(
 ) -> Batch:
     keys = [int(key) for key in pool.keys]
     picked = [keys[position] for position in selection.positions]
-    parts = {key: {name: float(values[row]) for name, values in selection.parts.items()} for row, key in enumerate(keys)}
+    parts = {
+        key: {name: float(values[row]) for name, values in selection.parts.items()} for row, key in enumerate(keys)
+    }
     late = {name: float(value) for name, value in selection.late.items() if np.ndim(value) == 0}
     arrays = {name: np.asarray(value) for name, value in selection.late.items() if np.ndim(value) > 0}
     utilities = {key: float(value) for key, value in zip(keys, selection.utilities, strict=True)}

@@ -111,7 +111,9 @@ class ProjectSettings(BaseModel):
     optimizer: Literal["auto", "SGD", "Adam", "AdamW"] = Field("auto", description="Optimizer of the training.")
     lr0: float | None = Field(None, gt=0, le=1, description="First learning rate. Default: ultralytics' own choice.")
     mosaic: float = Field(1.0, ge=0, le=1, description="Share of training images that are mosaics.")
-    mixup: float | None = Field(None, ge=0, le=1, description="Share of mixed-up images. Default: 0, .05 after round 2.")
+    mixup: float | None = Field(
+        None, ge=0, le=1, description="Share of mixed-up images. Default: 0, .05 after round 2."
+    )
     close_mosaic: int = Field(10, ge=0, description="Last epochs without mosaics.")
     freeze: int = Field(0, ge=0, le=100, description="First layers of the network that do not learn.")
     confidence: float = Field(0.25, gt=0, lt=1, description="Boxes are drawn from this confidence on.")

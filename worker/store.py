@@ -132,6 +132,7 @@ rounds = Table(
     CheckConstraint(
         "state in ('waiting','attaching','training','scoring','publishing','done','failed','cancelled')", name="state"
     ),
+    sqlite_autoincrement=True,  # or the id of a deleted round comes back, and the keys of its events with it
 )
 _is_open = rounds.c.state.in_(OPEN_STATES)
 Index(
@@ -159,6 +160,7 @@ steps = Table(
     UniqueConstraint("round_id", "kind", "shard"),
     CheckConstraint("state in ('waiting','sent','running','done','failed')", name="state"),
     Index(None, "state"),
+    sqlite_autoincrement=True,  # or a cancelled step's id comes back, and its worker, still running, takes it for its
 )
 
 scores = Table(

@@ -3,6 +3,7 @@
 "use strict";
 
 const POLL_MS = 2000;
+const OVERVIEW_POLL_MS = 5000; // it fetches the whole page
 const HIDDEN_POLL_MS = 15000;
 const root = document.body.dataset.root;
 const heading = document.querySelector("[data-project]");
@@ -152,7 +153,7 @@ async function poll() {
   } catch (error) {
     showBanners([["bad", `The backend does not answer (${error.message}). This page goes on by itself when it is back.`]]);
   }
-  setTimeout(poll, document.hidden ? HIDDEN_POLL_MS : POLL_MS);
+  setTimeout(poll, document.hidden ? HIDDEN_POLL_MS : heading ? POLL_MS : OVERVIEW_POLL_MS);
 }
 
 async function showSelection() {

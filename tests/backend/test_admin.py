@@ -194,7 +194,7 @@ def test_with_redis_away_the_page_answers_and_says_so(settings: Settings, store:
     began = time.monotonic()
     status = client.get("/api/projects/7/status").json()
     assert time.monotonic() - began < 1.0, "a poll must not wait for Redis again"
-    assert status["now"]["words"] == "preparing images"
+    assert status["now"]["words"] == "training"
     assert any("Redis (Valkey) does not answer" in sentence for sentence in status["away"])
 
 
@@ -242,7 +242,7 @@ def test_training_tells_the_epoch_that_runs(live: tuple[TestClient, redis.Redis]
         ("publishing", {"phase": "scoring", "done": 9, "total": 9}, "publishing", None),
         ("attaching", {"phase": "attaching"}, "reading the project", None),
         ("waiting", {}, "waiting for a worker", None),
-        ("training", {"phase": "training", "epoch": "x", "epochs": None}, "training epoch", None),
+        ("training", {"phase": "training", "epoch": "x", "epochs": None}, "training", None),
     ],
 )
 def test_state_in_words(
@@ -267,7 +267,7 @@ def test_progress_of_another_round_is_not_believed(live: tuple[TestClient, redis
     add_project(store)
     add_round(store, 4, "training")
     queue.set_progress(connection, 7, phase="training", round=3, epoch=70, epochs=80)
-    assert now_of(client)["words"] == "preparing images"
+    assert now_of(client)["words"] == "training"
 
 
 def test_scoring_without_live_progress_is_counted_in_the_store(client: TestClient, store: Store) -> None:
@@ -311,7 +311,11 @@ def test_a_step_that_waits_says_for_whom(client: TestClient, store: Store) -> No
     with store.write() as connection:
         row = {"round_id": round_id, "kind": "publish", "state": "waiting", "error": "Label Studio answered 502"}
         connection.execute(insert(steps).values(**row))
-    assert now_of(client)["detail"] == "Tried again soon: Label Studio answered 502"
+        connection.execute(update(projects).values(problem="Label Studio answered 502"))
+    status = client.get("/api/projects/7/status").json()
+    assert status["now"]["words"] == "waiting for a worker"
+    assert status["now"]["detail"] == "Tried again soon: Label Studio answered 502"
+    assert status["problem"] is None, "the same sentence twice"
 
 
 def test_a_step_that_no_worker_takes_is_noticed(client: TestClient, store: Store) -> None:

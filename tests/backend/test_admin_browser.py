@@ -32,6 +32,7 @@ CONFIG = (
     '<View><Image name="image" value="$image"/><RectangleLabels name="label" toName="image">'
     '<Label value="bolt"/><Label value="nut"/><Label value="&lt;b&gt;gear&lt;/b&gt;"/></RectangleLabels></View>'
 )
+pytestmark = pytest.mark.slow  # a minute of waiting for a browser
 ARGUMENTS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking"]
 
 
@@ -192,7 +193,7 @@ def test_start_and_cancel_by_keyboard(page: Any, site: Site) -> None:
         if page.evaluate("document.activeElement.dataset.act") == "start":
             break
     page.keyboard.press("Enter")
-    wait_for_text(page, "#now-words", "preparing images")
+    wait_for_text(page, "#now-words", "waiting for a worker")
     assert queue.queue_lengths(site.redis)["train"] == 1
     playwright_api.expect(page.locator("[data-act=start]")).to_be_hidden()
     page.locator("[data-act=cancel]").click()

@@ -24,7 +24,7 @@ def test_missing_weights_are_named_and_setting_others_starts_again(stage: Any) -
     assert stage.row(project).problem is None
     stage.work()
     (row,) = stage.rounds(project)
-    assert (row.number, row.state) == (0, "done")
+    assert (row.number, row.state) == (0, "done"), row.error
     assert project.remote()["model_version"] == "al-000000"
 
 

@@ -79,7 +79,8 @@ def upgrade() -> None:
     sa.CheckConstraint("state in ('waiting','attaching','training','scoring','publishing','done','failed','cancelled')", name=op.f('ck_rounds_state')),
     sa.ForeignKeyConstraint(['project_id'], ['projects.id'], name=op.f('fk_rounds_project_id_projects'), ondelete='CASCADE'),
     sa.PrimaryKeyConstraint('id', name=op.f('pk_rounds')),
-    sa.UniqueConstraint('project_id', 'number', name=op.f('uq_rounds_project_id_number'))
+    sa.UniqueConstraint('project_id', 'number', name=op.f('uq_rounds_project_id_number')),
+    sqlite_autoincrement=True
     )
     with op.batch_alter_table('rounds', schema=None) as batch_op:
         batch_op.create_index('uq_one_open_round_per_project', ['project_id'], unique=True, sqlite_where=sa.text("state IN ('waiting', 'attaching', 'training', 'scoring', 'publishing')"), postgresql_where=sa.text("state IN ('waiting', 'attaching', 'training', 'scoring', 'publishing')"))
@@ -134,7 +135,8 @@ def upgrade() -> None:
     sa.CheckConstraint("state in ('waiting','sent','running','done','failed')", name=op.f('ck_steps_state')),
     sa.ForeignKeyConstraint(['round_id'], ['rounds.id'], name=op.f('fk_steps_round_id_rounds'), ondelete='CASCADE'),
     sa.PrimaryKeyConstraint('id', name=op.f('pk_steps')),
-    sa.UniqueConstraint('round_id', 'kind', 'shard', name=op.f('uq_steps_round_id_kind_shard'))
+    sa.UniqueConstraint('round_id', 'kind', 'shard', name=op.f('uq_steps_round_id_kind_shard')),
+    sqlite_autoincrement=True
     )
     with op.batch_alter_table('steps', schema=None) as batch_op:
         batch_op.create_index(batch_op.f('ix_steps_state'), ['state'], unique=False)
