@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import httpx
 from rich.console import Console
@@ -129,12 +129,12 @@ def _run(
             print(json.dumps(summary), flush=True)
         else:
             _say_where(stage, closed)
-            _stay()
+            _stay(console)
     return 0 if closed else 1
 
 
 def _defaults(data_yaml: Path | None) -> dict[str, Any]:
-    """Settings the backend is connected with. Own data starts from HARDFIRST_WEIGHTS or yolo11n.pt, if there are any."""
+    """Settings the backend is connected with. Own data starts from HARDFIRST_WEIGHTS or yolo11n.pt, if any."""
     if data_yaml is not None:
         return dict(OWN_DATA)
     without_weights = {name: value for name, value in GENERATED.items() if name != "weights"}
@@ -386,10 +386,13 @@ def _say_where(stage: Stage, closed: bool) -> None:
     )
 
 
-def _stay() -> NoReturn:
+def _stay(console: Console) -> None:
     """Everything goes on until Ctrl-C: somebody wants to look."""
-    while True:
-        signal.pause()  # until Ctrl-C or SIGTERM, which both end in KeyboardInterrupt
+    try:
+        while True:
+            signal.pause()  # until Ctrl-C or SIGTERM, which both end in KeyboardInterrupt
+    except KeyboardInterrupt:
+        console.print("stopping ...")
 
 
 @contextmanager

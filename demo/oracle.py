@@ -27,7 +27,7 @@ class TrueImage:
 
 @dataclass(frozen=True)
 class Dataset:
-    """labelled: annotated before the loop; pool: what annotators are shown; holdout: empty where the backend draws one."""
+    """labelled: annotated before the loop; pool: what annotators see; holdout: empty where the backend draws one."""
 
     names: tuple[str, ...]
     labelled: tuple[TrueImage, ...]

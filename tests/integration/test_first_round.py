@@ -32,11 +32,13 @@ def test_looking_at_the_model_page_again_does_not_change_a_round_that_runs(stage
     project = stage.new_project(6)
     project.connect(SMALL)
     (before,) = stage.rounds(project)
-    project.change_settings({**SMALL, "batch_size": 3})
+    project.change_settings({**SMALL, "batch_size": 3})  # it has not begun
+    stage.work_until("score")
+    project.change_settings({**SMALL, "batch_size": 2})
     assert [row.id for row in stage.rounds(project)] == [before.id]
     stage.work()
-    assert len(stage.batch(project, 0)) == 4 + 2  # the settings a round began with
-    assert '"batch_size":3' in stage.row(project).extra_params
+    assert len(stage.batch(project, 0)) == 3 + 2  # the settings it began with
+    assert '"batch_size":2' in stage.row(project).extra_params
 
 
 def test_labels_that_are_there_already_give_a_holdout_and_start_training_at_once(stage: Any) -> None:
