@@ -9,11 +9,13 @@ import secrets
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from typing import Any
 from urllib.parse import urlsplit
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
 
 from backend import admin, ml_api
 from worker import queue, steps
@@ -25,6 +27,7 @@ from worker.settings import Settings, load_settings
 log = logging.getLogger(__name__)
 
 MAX_BODY = 64 * 1024 * 1024  # 10,000 tasks in one /predict are about 10 MB
+NO_CDN: dict[str, Any] = {"docs_url": None, "redoc_url": None}  # these pages load their scripts from other hosts
 OPEN_PATHS = frozenset({"/health"})
 READING = frozenset({"GET", "HEAD", "OPTIONS"})
 
@@ -34,13 +37,14 @@ Next = Callable[[Request], Awaitable[Response]]
 def create_app(settings: Settings) -> FastAPI:
     """The backend: ASGI application for any server. Loads no torch, and starts without Redis or Label Studio."""
     services = Services(settings, "web")
-    app = FastAPI(title="hardfirst", lifespan=_lifespan, docs_url="/api/docs", openapi_url="/api/openapi.json")
+    app = FastAPI(title="hardfirst", lifespan=_lifespan, openapi_url="/api/openapi.json", **NO_CDN)
     app.state.services = services
     app.include_router(ml_api.router)
     app.include_router(admin.router)
     app.middleware("http")(_guard)
     app.add_exception_handler(HardfirstError, _on_our_error)
     app.add_exception_handler(RequestValidationError, _on_invalid)
+    app.add_exception_handler(HTTPException, _on_http_error)
     app.add_exception_handler(Exception, _on_surprise)
     return app
 
@@ -142,6 +146,13 @@ async def _on_invalid(_request: Request, error: Exception) -> JSONResponse:
 def _sentence(problem: dict[str, object]) -> str:
     where = ".".join(str(part) for part in problem.get("loc", ()) if part != "body")  # type: ignore[attr-defined]
     return f"{where or 'the body'}: {problem.get('msg')}"
+
+
+async def _on_http_error(_request: Request, error: Exception) -> JSONResponse:
+    """The framework's own: no such address, another method, a body that is no JSON."""
+    assert isinstance(error, HTTPException)
+    name = "NotFound" if error.status_code == 404 else "BadRequest"
+    return JSONResponse({"error": name, "detail": str(error.detail)}, error.status_code, error.headers)
 
 
 async def _on_surprise(request: Request, error: Exception) -> JSONResponse:

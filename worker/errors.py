@@ -7,7 +7,7 @@ HardfirstError
 ├── NotFound              a project, a task, a round or an artifact that is not here   -> HTTP 404
 ├── Conflict              it cannot be done now (a round is open already)              -> HTTP 409
 ├── LabelMismatch         the label config and the model have no class in common
-├── LabelConfigUnsupported  no rectangle labels over an image in the label config
+├── LabelConfigUnsupported  no rectangle labels over an image in the label config  -> HTTP 422
 ├── ImageUnusable         an image that cannot be fetched or decoded: one task, never a batch
 ├── DatasetUnusable       annotations from which nothing can be learned
 ├── TrainingFailed        the trainer gave up; the old version stays published
@@ -73,6 +73,8 @@ class LabelMismatch(HardfirstError):
 
 class LabelConfigUnsupported(HardfirstError):
     """The label config has no <RectangleLabels> over an <Image>. Add one in the project's Labeling Interface."""
+
+    status = 422  # it came with the request
 
 
 class ImageUnusable(HardfirstError):

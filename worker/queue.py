@@ -140,7 +140,7 @@ def _redis_border() -> Iterator[None]:
         yield
     except redis.RedisError as error:
         raise QueueUnavailable(
-            f"Redis (Valkey) does not answer: {error}. Nothing is lost; it goes on when Redis is back."
+            f"Redis (Valkey) does not answer: {str(error).rstrip('.')}. Nothing is lost; it goes on when Redis is back."
         ) from error
 
 

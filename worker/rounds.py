@@ -232,23 +232,12 @@ def remember_annotations(connection: Connection, project_id: int, found: Iterabl
     for item in found:
         row = _annotation_row(project_id, item)
         rows[row["annotation_id"]] = row
-    known = dict(
-        connection.execute(
-            select(task_annotations.c.annotation_id, task_annotations.c.updated_at).where(
-                task_annotations.c.project_id == project_id, task_annotations.c.annotation_id.in_(list(rows))
-            )
-        )
-        .tuples()
-        .all()
-        if len(rows) < 500
-        else connection.execute(
-            select(task_annotations.c.annotation_id, task_annotations.c.updated_at).where(
-                task_annotations.c.project_id == project_id
-            )
-        )
-        .tuples()
-        .all()
+    query = select(task_annotations.c.annotation_id, task_annotations.c.updated_at).where(
+        task_annotations.c.project_id == project_id
     )
+    if len(rows) < 500:
+        query = query.where(task_annotations.c.annotation_id.in_(list(rows)))
+    known = {int(row.annotation_id): str(row.updated_at) for row in connection.execute(query)}
     fresh = [row for key, row in rows.items() if row["updated_at"] >= known.get(key, "")]
     upsert(connection, task_annotations, fresh)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator, model_validator
+from pydantic_core import PydanticSerializationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from strategies import STRATEGIES, validate_options
@@ -158,9 +159,13 @@ def parse_project_settings(extra_params: object) -> ProjectSettings:
     if unknown:
         raise SettingsInvalid(f"extra_params: unknown setting {unknown[0]!r}{_nearest(str(unknown[0]), known)}")
     try:
-        return ProjectSettings.model_validate(dict(values))
+        settings = ProjectSettings.model_validate(dict(values))
+        settings.model_dump_json()
     except ValidationError as error:
         raise SettingsInvalid("extra_params: " + "; ".join(_sentences(error))) from error
+    except PydanticSerializationError as error:  # half of a surrogate pair: JSON may carry it, nothing can store it
+        raise SettingsInvalid(f"extra_params hold a text that is not Unicode: {error}") from error
+    return settings
 
 
 def load_settings(**overrides: Any) -> Settings:
@@ -181,7 +186,7 @@ def _as_mapping(extra_params: object) -> Mapping[Any, Any]:
     if isinstance(extra_params, str):
         try:
             extra_params = json.loads(extra_params)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise SettingsInvalid(f"extra_params is not JSON: {error}") from error
     if extra_params is None:
         return {}

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -199,6 +200,9 @@ events = Table(
 )
 
 
+_MIGRATING = threading.Lock()  # Alembic's context is one per process
+
+
 class Store:
     """A database with our tables. Readers never wait; writers wait for one another, never fail for it."""
 
@@ -226,7 +230,8 @@ class Store:
         config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
         config.attributes["engine"] = self.engine
         logging.getLogger("alembic").setLevel(logging.WARNING)
-        command.upgrade(config, "head")
+        with _MIGRATING:
+            command.upgrade(config, "head")
 
     def close(self) -> None:
         self.engine.dispose()

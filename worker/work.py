@@ -22,6 +22,10 @@ log = logging.getLogger(__name__)
 MEASURES = ("least_confidence", "margin", "entropy")
 
 
+# What a phase does not say must not be the last one's.
+_NOTHING_SHOWN = dict.fromkeys(("done", "total", "epoch", "epochs", "losses", "eta_seconds"))
+
+
 @dataclass(frozen=True)
 class Work:
     """What the body of a step needs."""
@@ -45,8 +49,9 @@ class Work:
     def progress(self, phase: str, **fields: Any) -> None:
         """For the page. Also where a cancelled step ends."""
         self.lease.check()
+        shown = {**_NOTHING_SHOWN, **fields, "phase": phase, "round": self.round.number}
         try:
-            queue.set_progress(self.services.redis, self.project.id, phase=phase, round=self.round.number, **fields)
+            queue.set_progress(self.services.redis, self.project.id, **shown)
         except QueueUnavailable as error:
             log.warning("progress not shown: %s", error)
 
