@@ -3,7 +3,6 @@
     <folder>/data.yaml            path, train: images, val: images, names (class id = position in the label config)
     <folder>/images/<task id>.jpg|png
     <folder>/labels/<task id>.txt  "class x y width height", 0..1; an empty file is a background image
-    <folder>/unlabelled/           of a holdout: images nobody has labelled yet, which no evaluation may read
 
 The trainer drops an image for one bad coordinate, rewrites files it dislikes, and turns images by their EXIF: so labels
 are clipped, images are stored in the displayed frame in a form it leaves alone, and what cannot be used is left out
@@ -18,7 +17,7 @@ import shutil
 import struct
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -89,25 +88,6 @@ class DatasetReport:
     n_boxes: int
     boxes_per_class: Mapping[str, int]
     n_background: int
-    left_out: Mapping[int, str]
-
-
-@dataclass(frozen=True)
-class HoldoutReport:
-    """What `write_holdout` wrote.
-
-    Attributes:
-        yaml: a data.yaml whose train and val are the labelled holdout images.
-        paths: task id -> image file, labelled or not.
-        n_labelled: images with a label file (an empty one for background).
-        n_boxes: in those label files.
-        left_out: task id -> why its image is not there.
-    """
-
-    yaml: Path
-    paths: Mapping[int, Path]
-    n_labelled: int
-    n_boxes: int
     left_out: Mapping[int, str]
 
 
@@ -202,56 +182,6 @@ def write_dataset(
         n_boxes=len(class_ids),
         boxes_per_class={name: int(count) for name, count in zip(names, counts, strict=True)},
         n_background=sum(len(truth.class_ids) == 0 for truth in written),
-        left_out=left_out,
-    )
-
-
-def write_holdout(
-    folder: Path,
-    task_ids: Sequence[int],
-    truths: Iterable[TaskTruth],
-    names: Sequence[str],
-    fetch: Fetch,
-    progress: Progress | None = None,
-    max_pixels: int = MAX_PIXELS,
-) -> HoldoutReport:
-    """Writes the holdout's images into `folder` as `write_dataset` does; those without a truth apart from the others.
-
-    Args:
-        folder: made if need be; its old content is gone afterwards.
-        task_ids: the whole holdout.
-        truths: of those that are labelled; truths of other tasks are ignored.
-        names: class id -> name: `LabelMap.labels`.
-        fetch: task id -> image bytes. `ImageUnusable` leaves that one image out; other errors end the writing.
-        progress: called with (images done, images in all).
-        max_pixels: an image with more is left out.
-
-    Raises:
-        ValueError: a class id that `names` does not have.
-    """
-    truth_by_task = {truth.task_id: truth for truth in truths}
-    left_out: dict[int, str] = {}
-    places: dict[int, Path] = {}
-    labelled: list[TaskTruth] = []
-    with _fresh(folder) as fresh:
-        for task_id in _with_progress(task_ids, progress):
-            truth = truth_by_task.get(task_id)
-            place = "unlabelled" if truth is None else "images"
-            try:
-                name = _write_image(fresh / place, task_id, fetch(task_id), max_pixels)
-            except ImageUnusable as error:
-                left_out[task_id] = str(error)
-                continue
-            places[task_id] = folder.resolve() / place / name
-            if truth is not None:
-                _write_labels(fresh / "labels", truth, len(names))
-                labelled.append(truth)
-        _write_yaml(fresh, folder, names)
-    return HoldoutReport(
-        yaml=folder.resolve() / "data.yaml",
-        paths=places,
-        n_labelled=len(labelled),
-        n_boxes=sum(len(truth.class_ids) for truth in labelled),
         left_out=left_out,
     )
 

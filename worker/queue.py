@@ -317,15 +317,18 @@ def _look(conn: redis.Redis, queue_name: str, job_id: str) -> JobState:
     return JobState.QUEUED if in_list else JobState.LOST
 
 
-def expire_dead_jobs(conn: redis.Redis) -> None:
-    """RQ's own clean-up of jobs whose worker went silent, without waiting for another worker to come by.
+def running_seconds(conn: redis.Redis, step_id: int, attempt: int) -> float:
+    """How long ago a worker started the job of this attempt; 0 where none did.
 
     Raises:
         QueueUnavailable: Redis does not answer.
     """
     with _redis_border():
-        for name in QUEUES:
-            queue(name, conn).started_job_registry.cleanup()
+        try:
+            job = SafeJob.fetch(step_job_id(step_id, attempt), connection=conn, serializer=SERIALIZER)
+        except NoSuchJobError:
+            return 0.0
+    return time.time() - job.started_at.timestamp() if job.started_at else 0.0
 
 
 def stop_step(conn: redis.Redis, step_id: int, attempt: int) -> bool:

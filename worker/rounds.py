@@ -54,7 +54,7 @@ def connect_project(
     elif any(getattr(row, name) != value for name, value in values.items()):
         connection.execute(update(projects).where(projects.c.id == project_id).values(**values))
         record_event(connection, project_id, "settings", detail=values["extra_params"])
-        # Label Studio calls us with the old settings first, then with the new: a first round that has not begun takes these
+        # Label Studio calls with the old settings first, then with the new: a first round not yet begun takes these
         begins = select(step_rows.c.round_id).where(
             step_rows.c.kind == "attach", step_rows.c.state.in_(("waiting", "sent"))
         )

@@ -248,6 +248,8 @@ def _lost(redis: Redis, row: Row[Any]) -> str | None:
     if now - (row.sent_at or 0) < SETTLE:
         return None
     state = queue.job_state(redis, KINDS[row.kind].queue, row.id, row.attempt)
+    if state == "started" and queue.running_seconds(redis, row.id, row.attempt) > LEASE:
+        return "its worker died before it began"  # to claim the step is a job's first line
     return None if state in ("queued", "started") else f"its job was {state}"
 
 

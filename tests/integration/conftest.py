@@ -374,6 +374,25 @@ def stage(make_stage: Callable[..., Stage]) -> Stage:
     return make_stage()
 
 
+@pytest.fixture
+def stage_on(label_studio: LabelStudioServer) -> Iterator[Callable[[Settings], Stage]]:
+    """A look at a hardfirst that runs elsewhere with these settings."""
+    made: list[Services] = []
+
+    def make(settings: Settings) -> Stage:
+        made.append(Services(settings, "worker"))
+        return Stage(label_studio, made[-1], f"http://127.0.0.1:{settings.port}")
+
+    yield make
+    for services in made:
+        services.store.close()
+
+
+@pytest.fixture
+def a_free_port() -> int:
+    return free_port()
+
+
 @pytest.fixture(scope="session")
 def second_token(label_studio: LabelStudioServer) -> str:
     """A second annotator's token."""
@@ -389,7 +408,16 @@ class Line:
         self._upstream = ("127.0.0.1", upstream_port)
         self._listener: socket.socket | None = None
         self._open: set[socket.socket] = set()
+        self._flows = threading.Event()
+        self._flows.set()
         self.mend()
+
+    def hold(self) -> None:
+        """Connections are taken, and nothing comes through until `let_go`."""
+        self._flows.clear()
+
+    def let_go(self) -> None:
+        self._flows.set()
 
     def mend(self) -> None:
         listener = socket.socket()
@@ -423,6 +451,7 @@ class Line:
             try:
                 while True:
                     ready, _, _ = io_select.select(list(ends), [], [], 60)
+                    self._flows.wait()
                     for end in ready:
                         content = end.recv(65536)
                         if not content:

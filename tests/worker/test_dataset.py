@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from worker.boxes import LabelMap
-from worker.dataset import TaskTruth, storable, truth_of, write_dataset, write_holdout
+from worker.dataset import TaskTruth, storable, truth_of, write_dataset
 from worker.errors import DatasetUnusable, ImageUnusable, LabelStudioUnavailable
 
 NAMES = ("nut", "bolt")
@@ -323,23 +323,6 @@ def test_too_many_pixels_leave_an_image_out(tmp_path):
     images = {1: JPEG, 2: stored(picture(640, 480))}
     report = write_dataset(tmp_path / "d", [truth(1), truth(2)], NAMES, images.__getitem__, max_pixels=64 * 48)
     assert list(report.left_out) == [2]
-
-
-def test_a_holdout_keeps_the_unlabelled_apart(tmp_path):
-    def fetch(task_id):
-        if task_id == 9:
-            raise ImageUnusable("gone")
-        return JPEG
-
-    folder = tmp_path / "holdout"
-    report = write_holdout(folder, [7, 8, 9, 10], [truth(7), truth(10, []), truth(99)], NAMES, fetch)
-    assert files_below(folder) == [
-        "data.yaml", "images/10.jpg", "images/7.jpg", "labels/10.txt", "labels/7.txt", "unlabelled/8.jpg",
-    ]  # fmt: skip
-    assert report.paths == {
-        7: folder / "images/7.jpg", 8: folder / "unlabelled/8.jpg", 10: folder / "images/10.jpg",
-    }  # fmt: skip
-    assert (report.n_labelled, report.n_boxes, report.left_out) == (2, 1, {9: "gone"})
 
 
 # --- images as the trainer will leave them alone

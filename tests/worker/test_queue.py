@@ -12,6 +12,7 @@ import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import psutil
@@ -406,3 +407,14 @@ def test_every_job_function_is_one_of_worker_jobs() -> None:
     defined = {f"worker.jobs.{node.name}" for node in tree.body if isinstance(node, ast.FunctionDef)}
     assert defined >= JOB_FUNCTIONS
     assert {"worker.jobs.predict", "worker.jobs.reconcile"} <= JOB_FUNCTIONS
+
+
+def test_how_long_a_job_runs_is_told_from_its_start(redis_url: str) -> None:
+    connection = hf_queue.connect(redis_url)
+    hf_queue.enqueue_step(connection, 1, 1, hf_queue.SCORE, "worker.jobs.score_shard", timeout=60)
+    assert hf_queue.running_seconds(connection, 1, 1) == 0.0
+    assert hf_queue.running_seconds(connection, 2, 1) == 0.0
+    job = hf_queue.SafeJob.fetch("s1-a1", connection=connection, serializer=hf_queue.SERIALIZER)
+    job.started_at = datetime.now(UTC) - timedelta(seconds=90)
+    job.save()
+    assert hf_queue.running_seconds(connection, 1, 1) == pytest.approx(90, abs=5)
