@@ -22,7 +22,6 @@ from worker.errors import LabelConfigUnsupported, SettingsInvalid
 from worker.settings import ProjectSettings
 from worker.store import (
     OPEN_STATES,
-    count_new_labels,
     events,
     get_project,
     labelled_task_ids,
@@ -478,8 +477,7 @@ def _next_round(connection: Connection, project: Row[Any], last: Row[Any]) -> Ne
     settings = _settings(project)
     if settings is None:
         return None
-    new = count_new_labels(connection, project.id, holdout_too=last.number == 0)
-    needed = rules.labels_needed(settings, last)
+    new, needed = rules.towards_next(connection, project, last, settings)
     missing = max(needed - new, 0)
     if project.stop_accepted_at is not None:
         sentence = "No round opens by itself: the stop was accepted."

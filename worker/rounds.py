@@ -130,6 +130,15 @@ def mark_seen(connection: Connection, project_id: int, round_id: int, task_ids: 
         connection.execute(one, [{"of": task_id} for task_id in task_ids])
 
 
+def towards_next(
+    connection: Connection, project: Row[Any], last: Row[Any], settings: ProjectSettings
+) -> tuple[int, int]:
+    """New labels there are, and that open the next round. Before the first training the holdout's count too."""
+    new = count_new_labels(connection, project.id, holdout_too=last.number == 0)
+    published = last if project.published_round_id is None else get_round(connection, project.published_round_id)
+    return new, labels_needed(settings, published)
+
+
 def labels_needed(settings: ProjectSettings, published: Row[Any]) -> int:
     """New labels that open the next round: as set, or as many as the published round's batch asked for."""
     return int(settings.labels_per_round or published.batch_size or settings.batch_size)
@@ -153,8 +162,7 @@ def trigger(connection: Connection, project_id: int) -> str | None:
     settings = parse_project_settings(project.extra_params)
     if project.stop_accepted_at is not None or last.number >= settings.max_rounds:
         return None
-    new = count_new_labels(connection, project_id, holdout_too=last.number == 0)
-    needed = labels_needed(settings, get_round(connection, project.published_round_id))
+    new, needed = towards_next(connection, project, last, settings)
     if new >= needed:
         return f"{new} new labels (a round opens at {needed})"
     if new and not has_unlabelled(connection, project_id):
