@@ -85,7 +85,8 @@ def run(
 ) -> int:
     """Exit code: 0 when every round closed and every batch was served in its order."""
     console = Console(stderr=stop_at_end, highlight=False)  # with --exit, standard output is the JSON line
-    signal.signal(signal.SIGTERM, _interrupt)  # a supervisor's stop is a person's: the servers are stopped in order
+    for stop in (signal.SIGTERM, signal.SIGINT):  # SIGINT too: a shell starts background jobs with it ignored
+        signal.signal(stop, _interrupt)
     try:
         return _run(stop_at_end, data_yaml, n_rounds, folder, seed, port, images, extra_params, console)
     except KeyboardInterrupt:

@@ -25,6 +25,9 @@ from worker.store import rounds as round_rows
 from worker.syncing import sync_project
 from worker.work import Work
 
+IMPORT_PAUSE = 2.0  # seconds in which a running import adds tasks
+
+
 
 def attach_project(work: Work) -> None:
     work.progress("attaching")
@@ -78,7 +81,7 @@ def _wait_for_import(work: Work) -> None:
         count = now
         if not count:
             raise NothingToLabel
-        time.sleep(2.0)
+        time.sleep(IMPORT_PAUSE)
         work.lease.check()
 
 

@@ -274,6 +274,11 @@ def names_missing_task(error: LabelStudioRefused) -> bool:
     return 'invalid \\"task\\" field' in str(error) or 'invalid "task" field' in str(error)
 
 
+def _excerpt(text: str) -> str:
+    """Both ends of a long answer: a refused prediction is quoted whole, and the reason comes last."""
+    return text if len(text) <= 500 else f"{text[:150]} ... {text[-350:]}"
+
+
 def _checked(response: httpx.Response, method: str, path: str) -> Any:
     where = f"{method} {path}"
     if response.status_code in (401, 403):
@@ -286,7 +291,7 @@ def _checked(response: httpx.Response, method: str, path: str) -> Any:
     if response.status_code >= 500 or response.status_code == 429:
         raise LabelStudioUnavailable(f"Label Studio answered {response.status_code} to {where}")
     if response.status_code >= 400:
-        raise LabelStudioRefused(f"Label Studio answered {response.status_code} to {where}: {response.text[:300]}")
+        raise LabelStudioRefused(f"Label Studio answered {response.status_code} to {where}: {_excerpt(response.text)}")
     if response.status_code == 204 or not response.content:
         return None
     try:

@@ -21,18 +21,17 @@ from typing import Any
 import httpx
 import pytest
 import uvicorn
-from PIL import Image
 from sqlalchemy import func, or_, select, update
 
 from backend.app import create_app
 from demo import factory
 from demo.label_studio_server import LabelStudioServer, create_annotator
-from worker import queue, rounds, steps
+from worker import attaching, queue, rounds, steps
 from worker.artifacts import round_key
 from worker.services import Services
 from worker.settings import Settings
-from worker.store import latest_round, scores, task_annotations, tasks
 from worker.store import events as event_rows
+from worker.store import latest_round, scores, task_annotations, tasks
 from worker.store import projects as project_rows
 from worker.store import rounds as round_rows
 from worker.store import steps as step_rows
@@ -340,6 +339,7 @@ def make_stage(
 ) -> Iterator[Callable[..., Stage]]:
     """A stage with these settings changed; one in each test."""
     monkeypatch.setattr(rounds, "ATTACH_DELAY", 0.0)  # Label Studio has answered by the time `work` is called
+    monkeypatch.setattr(attaching, "IMPORT_PAUSE", 0.1)  # no test's import is still running then
     made: list[Services] = []
 
     def make(**changed: Any) -> Stage:

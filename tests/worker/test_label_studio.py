@@ -204,9 +204,9 @@ def box(label: str) -> dict[str, Any]:
     return {"id": "r1", "type": "rectanglelabels", "from_name": "label", "to_name": "image", "value": value}
 
 
-def predictions(task_ids: list[int], version: str, label: str = "nut") -> list[dict[str, Any]]:
+def predictions(task_ids: list[int], version: str, label: str = "nut", n_boxes: int = 1) -> list[dict[str, Any]]:
     return [
-        {"task": task_id, "result": [box(label)], "score": rank / 10, "model_version": version}
+        {"task": task_id, "result": [box(label)] * n_boxes, "score": rank / 10, "model_version": version}
         for rank, task_id in enumerate(task_ids)
     ]
 
@@ -238,7 +238,7 @@ def test_predictions_label_studio_drops_in_silence_are_counted(
     with pytest.raises((PublishIncomplete, LabelStudioRefused)):
         client.import_predictions(project_id, some)
     with pytest.raises(LabelStudioRefused) as caught:
-        client.import_predictions(project_id, predictions([task_ids[0], 10**7], "al-000002"))
+        client.import_predictions(project_id, predictions([task_ids[0], 10**7], "al-000002", n_boxes=9))
     assert names_missing_task(caught.value)
 
 
@@ -289,6 +289,7 @@ def test_the_tab_is_kept_and_made_again_when_somebody_closed_it(
     project_id, task_ids = project
     order = [task_ids[2], task_ids[0], task_ids[1], task_ids[4], task_ids[3]]
     client.import_predictions(project_id, predictions(order, "al-000001"))
+    client.publish_version(project_id, "al-000001")  # the Data Manager's score is that of the served version
     view_id = client.show_batch_tab(project_id, "al-000001", None)
     assert client.show_batch_tab(project_id, "al-000001", view_id) == view_id
     shown = raw.get("/api/tasks", params={"view": view_id, "project": project_id}).json()["tasks"]

@@ -40,6 +40,7 @@ RED, BLUE = picture((200, 10, 10)), picture((10, 10, 200))
 def own(tmp_path: Path) -> Iterator[Services]:
     """Project 7, connected; its round 0 has no detector, so that the descriptor looks at images."""
     values: dict[str, Any] = {"data_dir": tmp_path, "label_studio_url": "http://127.0.0.1:9", "device": "cpu"}
+    values["label_studio_api_key"] = "a-legacy-token"
     made = Services(Settings(_env_file=None, **values), "worker")
     made.store.migrate()
     with made.store.write() as connection:
@@ -98,7 +99,6 @@ def test_label_studio_away_is_not_a_broken_image(own: Services) -> None:
     from worker.model import HardfirstModel
 
     publish(own, late={"uncertainty_scale": 1.0})
-    own.settings.__dict__["label_studio_api_key"] = type(own.settings.label_studio_api_key)("a-legacy-token")
     with pytest.raises(LabelStudioUnavailable, match="does not answer"):
         HardfirstModel(CONFIG, services=own).predict([task(1, "/data/upload/7/a.jpg")])
 

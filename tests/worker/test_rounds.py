@@ -339,7 +339,7 @@ def test_tasks_that_are_gone_take_their_annotations_along(published: Store) -> N
 def test_a_holdout_is_declared_before_splits_are_drawn_and_never_after(store: Store) -> None:
     with store.write() as connection:
         rounds.connect_project(connection, 7, CONFIG, ProjectSettings(), URL)
-        rounds.remember_tasks(connection, 7, {number: "a" for number in range(1, 5)})
+        rounds.remember_tasks(connection, 7, dict.fromkeys(range(1, 5), "a"))
         rounds.declare_holdout(connection, 7, [])
         rounds.declare_holdout(connection, 7, [2, 3])
         assert rounds.holdout_of(connection, 7) == {1: None, 2: True, 3: True, 4: None}

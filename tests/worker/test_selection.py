@@ -16,7 +16,7 @@ from worker.settings import ProjectSettings
 
 def scored(task_ids: list[int], embeddings: NDArray[np.float32], uncertainty: list[float] | None = None) -> ScoredTasks:
     values = np.array(uncertainty or [0.5] * len(task_ids), np.float64)
-    return ScoredTasks(np.array(task_ids, np.int64), embeddings, {name: values for name in MEASURES})
+    return ScoredTasks(np.array(task_ids, np.int64), embeddings, dict.fromkeys(MEASURES, values))
 
 
 def apart(n: int, size: int = 64) -> NDArray[np.float32]:

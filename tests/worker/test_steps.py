@@ -66,7 +66,8 @@ def nothing(connection: Any) -> None:
 
 
 def test_adding_steps_says_what_the_round_does_now(store: Store, round_id: int) -> None:
-    for kind, state in (("attach", "attaching"), ("train", "training"), ("score", "scoring"), ("publish", "publishing")):
+    states = {"attach": "attaching", "train": "training", "score": "scoring", "publish": "publishing"}
+    for kind, state in states.items():
         add(store, round_id, kind)
         with store.read() as connection:
             assert connection.execute(select(rounds.c.state)).scalar_one() == state
@@ -96,8 +97,8 @@ def test_without_redis_steps_stay_and_the_sweeper_sends_them(
     away = queue.connect(f"unix://{tmp_path}/nobody.sock")
     assert steps.send_waiting(store, away) == 0
     assert row_of(store, step_id).state == "sent"  # the row was written before the job; the job is not there
+    set_row(store, step_id, sent_at=0.0)
     with pytest.raises(QueueUnavailable):
-        set_row(store, step_id, sent_at=0.0)
         steps.sweep(store, away)
     assert row_of(store, step_id).attempt == 1
     assert steps.sweep(store, conn) == [f"step {step_id} (score): its job was missing"]
