@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import ipaddress
 import logging
 import secrets
 import threading
@@ -83,9 +84,12 @@ async def _guard(request: Request, call_next: Next) -> Response:
     try:
         _check_credentials(request)
         _check_origin(request)
+        _check_host(request)
         _check_size(request)
     except HardfirstError as error:
         return await _on_our_error(request, error)
+    except ValueError as error:  # of urlsplit, over a Host or an Origin that is no address
+        return await _on_our_error(request, BadRequest(f"the request's headers are not valid: {error}"))
     response = await call_next(request)
     response.headers.setdefault("X-Content-Type-Options", "nosniff")
     response.headers.setdefault("X-Frame-Options", "SAMEORIGIN")
@@ -110,6 +114,28 @@ def _basic_pair(header: str) -> str:
         return base64.b64decode(value, validate=True).decode()
     except (binascii.Error, UnicodeDecodeError):
         return ""
+
+
+def _check_host(request: Request) -> None:
+    """A name that leads here only since its owner said so is refused to browsers (DNS rebinding), unless they log in.
+
+    Addresses cannot be rebound, and Label Studio's server is no browser.
+    """
+    settings: Settings = request.app.state.services.settings
+    is_browser = "origin" in request.headers or "mozilla" in request.headers.get("user-agent", "").lower()
+    name = (urlsplit(f"//{request.headers.get('host', '')}").hostname or "").lower()
+    ours = {"localhost", settings.host.lower(), (urlsplit(settings.url).hostname or "").lower()}
+    if not is_browser or settings.user or name in ours or name.endswith(".localhost") or _is_address(name):
+        return
+    raise BadRequest(f"{name[:100]!r} is not known as this backend's name. Set HARDFIRST_URL to its address")
+
+
+def _is_address(name: str) -> bool:
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return False
+    return True
 
 
 def _check_origin(request: Request) -> None:

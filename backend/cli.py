@@ -39,7 +39,7 @@ def up(
         typer.echo(
             f"hardfirst answers at http://{settings.host}:{settings.port}  (Label Studio: {settings.label_studio_url})"
         )
-        typer.echo(f"store {settings.store_url}, queue {_without_password(redis_url)}")
+        typer.echo(f"store {_without_password(settings.store_url)}, queue {_without_password(redis_url)}")
         if not settings.api_key:
             typer.echo("No token: Label Studio: Account & Settings -> Access Token; set LABEL_STUDIO_API_KEY")
 

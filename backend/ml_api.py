@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from typing import Annotated, Any
@@ -27,19 +28,23 @@ from backend.payloads import (
 )
 from worker import queue, rounds, steps
 from worker.boxes import LabelMap
-from worker.errors import Conflict, HardfirstError, QueueUnavailable, Unavailable
-from worker.label_studio import PENDING_VERSION, prediction
-from worker.scoring import mark_sent
+from worker.errors import BadRequest, Conflict, HardfirstError, QueueUnavailable
+from worker.label_studio import PENDING_VERSION
+from worker.scoring import mark_sent, stored_predictions
 from worker.services import Services
 from worker.settings import parse_project_settings
-from worker.store import get_project, record_event, scores, tasks
+from worker.store import get_project, record_event
 from worker.store import rounds as round_rows
 
 log = logging.getLogger(__name__)
 router = APIRouter(tags=["Label Studio"])
 
 PREDICT_SECONDS = 85.0  # of Label Studio's 100; the rest is for writing its own rows
+MAX_URL = 400
 PREDICT_AT_ONCE = 64  # tasks per job, so that what is ready by then is answered
+# Handlers share a pool of threads: those that wait for predictions must leave some for /health and /webhook.
+WAITING = threading.BoundedSemaphore(8)
+NOT_READY: dict[str, Any] = {"result": [], "score": 1.0, "model_version": PENDING_VERSION}
 RECONCILE_SOON = "worker.jobs.reconcile"
 
 
@@ -61,7 +66,9 @@ def setup(body: SetupRequest, request: Request, own: Own) -> SetupResponse:
     """Connect: settings and label config are checked and remembered; everything slow is a job."""
     LabelMap.from_config(body.label_config)  # refuse now, while somebody reads Label Studio's answer
     settings = parse_project_settings(body.extra_params)
-    backend_url = str(request.base_url).rstrip("/")
+    backend_url = own.settings.url or str(request.base_url).rstrip("/")
+    if len(backend_url) > MAX_URL:
+        raise BadRequest(f"the Host header has {len(backend_url)} characters; no address of ours has")
     with own.store.write() as connection:
         rounds.connect_project(connection, body.project, body.label_config, settings, backend_url)
         project = get_project(connection, body.project)
@@ -153,38 +160,35 @@ def predict(body: PredictRequest, own: Own) -> PredictResponse:
     """One result per task: what is stored, else what a worker says in time, else empty under a version of its own."""
     with own.store.read() as connection:
         project = get_project(connection, body.project)
-        stored = _stored(connection, project, [task.id for task in body.tasks])
+        stored = stored_predictions(connection, project, [task.id for task in body.tasks])
     missing = [task for task in body.tasks if task.id not in stored]
     if missing and project.published_round_id is not None:
-        stored |= _live(own, project, missing)
-    return PredictResponse(results=[stored.get(task.id) or _not_ready() for task in body.tasks])
+        stored |= _live(own, project, missing, is_kept=body.params.context is None)
+    return PredictResponse(results=[Prediction(**stored.get(task.id, NOT_READY)) for task in body.tasks])
 
 
-def _not_ready() -> Prediction:
-    return Prediction(result=[], score=1.0, model_version=PENDING_VERSION)
+def _live(
+    own: Services, project: Row[Any], missing: Sequence[TaskPayload], *, is_kept: bool
+) -> dict[int, dict[str, Any]]:
+    """What the predict worker says in time, by task id; {} when enough requests wait for it already.
+
+    Args:
+        is_kept: Label Studio keeps the answer as the task's prediction; not of interactive requests.
+    """
+    if not WAITING.acquire(blocking=False):
+        return {}
+    try:
+        return _ask_worker(own, project, missing, is_kept)
+    finally:
+        WAITING.release()
 
 
-def _stored(connection: Any, project: Row[Any], task_ids: Sequence[int]) -> dict[int, Prediction]:
-    """Published predictions by task id. The holdout gets no boxes, here as everywhere."""
-    found: dict[int, Prediction] = {}
-    for chunk in _chunks(list(task_ids), 500):
-        query = (
-            select(scores.c.task_id, scores.c.regions, scores.c.published_score, tasks.c.holdout)
-            .join(tasks, (tasks.c.task_id == scores.c.task_id) & (tasks.c.project_id == project.id))
-            .where(scores.c.round_id == project.published_round_id, scores.c.task_id.in_(chunk))
-        )
-        for row in connection.execute(query):
-            one = prediction(
-                row.task_id, row.regions, row.published_score, project.published_version, bool(row.holdout)
-            )
-            found[row.task_id] = Prediction(**{name: one[name] for name in ("result", "score", "model_version")})
-    return found
-
-
-def _live(own: Services, project: Row[Any], missing: Sequence[TaskPayload]) -> dict[int, Prediction]:
+def _ask_worker(
+    own: Services, project: Row[Any], missing: Sequence[TaskPayload], is_kept: bool
+) -> dict[int, dict[str, Any]]:
     deadline = time.monotonic() + PREDICT_SECONDS
     key = LabelMap.from_config(project.label_config).image_key
-    found: dict[int, Prediction] = {}
+    found: dict[int, dict[str, Any]] = {}
     for chunk in _chunks(list(missing), PREDICT_AT_ONCE):
         images = [[task.id, str(task.data.get(key) or "")] for task in chunk]
         left = deadline - time.monotonic()
@@ -192,18 +196,13 @@ def _live(own: Services, project: Row[Any], missing: Sequence[TaskPayload]) -> d
             break
         try:
             answers = queue.call_predict(own.redis, [project.id, images], timeout=left)
-        except (TimeoutError, Unavailable) as late:
-            log.warning("predictions of project %s come later: %s", project.id, late)
-            break
-        except HardfirstError as error:
-            log.warning("predictions of project %s failed: %s", project.id, error)
+        except (TimeoutError, HardfirstError) as error:
+            log.warning("predictions of project %s come later: %s", project.id, error)
             break
         ready = {task_id: answer for (task_id, _), answer in zip(images, answers, strict=True)}
-        found |= {
-            task_id: Prediction(**{name: answer[name] for name in ("result", "score", "model_version")})
-            for task_id, answer in ready.items()
-        }
-        mark_sent(own, project.published_round_id, list(ready))
+        found |= {task_id: {name: answer[name] for name in NOT_READY} for task_id, answer in ready.items()}
+        if is_kept:
+            mark_sent(own, project.published_round_id, list(ready))
     return found
 
 

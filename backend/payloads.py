@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
 
 MAX_ID = 2**31 - 1  # Label Studio's ids are 32 bit
 MAX_TASKS = 100_000
@@ -50,11 +50,23 @@ class TaskPayload(Payload):
     data: dict[str, Any] = Field(default_factory=dict)
 
 
+class PredictParams(Payload):
+    """`context`: what an annotator drew, when the request is interactive."""
+
+    context: Any = None
+
+
 class PredictRequest(Payload):
     """POST /predict: pre-annotation of one task, of a selection, or interactive."""
 
     tasks: list[TaskPayload] = Field(max_length=MAX_TASKS)
     project: ProjectId
+    params: PredictParams = Field(default_factory=lambda: PredictParams())
+
+    @field_validator("params", mode="before")
+    @classmethod
+    def _none_is_none(cls, value: object) -> object:
+        return {} if value is None else value
 
 
 class Prediction(BaseModel):
@@ -93,7 +105,7 @@ def _as_list(value: object) -> object:
 class WebhookRequest(Payload):
     """POST /webhook. ANNOTATIONS_CREATED holds lists under the keys of ANNOTATION_CREATED; deletions hold ids only."""
 
-    action: str = Field(max_length=64)
+    action: str = Field(max_length=40)
     project: ProjectPayload
     annotation: Annotated[list[AnnotationPayload], BeforeValidator(_as_list)] = Field(default_factory=list)
     annotations: list[AnnotationPayload] = Field(default_factory=list)

@@ -481,7 +481,7 @@ def _next_round(connection: Connection, project: Row[Any], last: Row[Any]) -> Ne
     missing = max(needed - new, 0)
     if project.stop_accepted_at is not None:
         sentence = "No round opens by itself: the stop was accepted."
-    elif last.number >= settings.max_rounds:
+    elif rules.rounds_done(connection, project.id) >= settings.max_rounds:
         sentence = f"No round opens by itself: max_rounds is {settings.max_rounds}. Start more by hand."
     elif missing:
         sentence = f"{missing} more {'label opens' if missing == 1 else 'labels open'} round {last.number + 1}."

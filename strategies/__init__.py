@@ -46,6 +46,7 @@ STRATEGIES: Mapping[str, Strategy] = MappingProxyType(
         "coverage": builtin.coverage,
         "hybrid": builtin.hybrid,
         "hybrid_coverage": builtin.hybrid_coverage,
+        "committee": builtin.committee,
     }
 )
 

@@ -3,13 +3,13 @@
 All share `(pool, batch_size, rng, options) -> Selection` and these promises (tests/strategies/test_contract.py):
 min(batch_size, N) distinct positions in the order annotators should see them; utilities of all rows finite and in
 [0, 1]; the same pool, rng state and options give the same answer; an empty pool gives an empty selection. Raises
-OptionsInvalid, PoolInvalid when the pool lacks the measure, InputInvalid for batch_size < 1 or something that is no
+OptionsInvalid, PoolInvalid when the pool lacks the measure or the disagreement, InputInvalid for batch_size < 1 or something that is no
 numpy Generator.
 
-`suppress_duplicates` (off but for the two hybrids) skips rows whose near-duplicate is in the batch or labelled, as far
+`suppress_duplicates` (off but for the two hybrids and committee) skips rows whose near-duplicate is in the batch or labelled, as far
 as the pool says: without duplicate_groups and duplicates_of_labelled there is nothing to skip.
 
-Rankings (random, least_confidence, margin, entropy, kmeans, hybrid) take the highest utilities; equal ones in row
+Rankings (random, least_confidence, margin, entropy, kmeans, hybrid, committee) take the highest utilities; equal ones in row
 order, that is by key. Greedy walks (k_center, coverage, hybrid_coverage) choose each image in view of those before it:
 the batch gets utilities falling from 1 to above 0.5, all other rows lie in [0, 0.5].
 """
@@ -89,18 +89,17 @@ def hybrid(pool: Pool, batch_size: int, rng: np.random.Generator, options: Optio
     late: "uncertainty_scale", "centroids", "distance_low", "distance_high".
     """
     settings = _settings("hybrid", batch_size, rng, options)
-    uncertainty, scale = _uncertainty(pool, settings["measure"])
-    fit = fit_kmeans(pool.embeddings, settings["n_clusters"])
-    diversity = fit.diversity(pool.embeddings)
-    utilities = hybrid_utility(uncertainty, diversity, settings["alpha"], settings["beta"])
-    late: Late = {
-        "uncertainty_scale": scale,
-        "centroids": fit.centroids,
-        "distance_low": fit.low,
-        "distance_high": fit.high,
-    }
-    parts = {"uncertainty": uncertainty, "diversity": diversity}
-    return Selection(_best(pool, utilities, batch_size, settings), utilities, parts, late)
+    return _mixed(pool, batch_size, settings, pool.uncertainty_of(settings["measure"]))
+
+
+def committee(pool: Pool, batch_size: int, rng: np.random.Generator, options: Options = None) -> Selection:
+    """As `hybrid`, with the committee's disagreement as the uncertainty (Seung et al. 1992; see `committee.py`).
+
+    parts and late have the names they have in `hybrid`; `late_utility` needs the disagreement of the late images.
+    PoolInvalid when the pool has no disagreement.
+    """
+    settings = _settings("committee", batch_size, rng, options)
+    return _mixed(pool, batch_size, settings, pool.committee_disagreement())
 
 
 def k_center(pool: Pool, batch_size: int, rng: np.random.Generator, options: Options = None) -> Selection:
@@ -159,6 +158,23 @@ def _duplicates(pool: Pool, suppress: bool) -> tuple[Integers | None, Booleans |
 def _best(pool: Pool, utilities: Vector, batch_size: int, settings: Mapping[str, Any]) -> Integers:
     groups, of_labelled = _duplicates(pool, settings["suppress_duplicates"])
     return select_batch(utilities, groups, batch_size, of_labelled)
+
+
+def _mixed(pool: Pool, batch_size: int, settings: Mapping[str, Any], values: Vector) -> Selection:
+    """alpha * values, brought to [0, 1], + beta * k-means distance."""
+    scale = uncertainty_scale(values)
+    uncertainty = scaled(values, scale)
+    fit = fit_kmeans(pool.embeddings, settings["n_clusters"])
+    diversity = fit.diversity(pool.embeddings)
+    utilities = hybrid_utility(uncertainty, diversity, settings["alpha"], settings["beta"])
+    late: Late = {
+        "uncertainty_scale": scale,
+        "centroids": fit.centroids,
+        "distance_low": fit.low,
+        "distance_high": fit.high,
+    }
+    parts = {"uncertainty": uncertainty, "diversity": diversity}
+    return Selection(_best(pool, utilities, batch_size, settings), utilities, parts, late)
 
 
 def _uncertainty(pool: Pool, measure: str) -> tuple[Vector, float]:

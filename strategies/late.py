@@ -24,6 +24,8 @@ from strategies.uncertainty import scaled
 
 Vector = NDArray[np.float64]
 
+# Beside the measures in what late_utility is given: the committee's disagreement takes the place of an uncertainty.
+DISAGREEMENT = "disagreement"
 # Greedy walks: the batch lies above this utility, every other row at or below it.
 REST = 0.5
 
@@ -51,6 +53,15 @@ class LateImages:
         values = as_vector(self._uncertainty[measure], name, len(self.embeddings), low=0.0)
         return scaled(values, self.number("uncertainty_scale"))
 
+    def disagreement(self) -> Vector:
+        if DISAGREEMENT not in self._uncertainty:
+            raise InputInvalid(
+                f"The late images have no {DISAGREEMENT!r}: they were scored without the committee. Score them with "
+                "all of its members, or select again with another strategy."
+            )
+        values = as_vector(self._uncertainty[DISAGREEMENT], DISAGREEMENT, len(self.embeddings), low=0.0)
+        return scaled(values, self.number("uncertainty_scale"))
+
     def _kept(self, name: str) -> Any:
         if name not in self._late:
             raise InputInvalid(f"late has no {name!r}: it belongs to another strategy. Use that of the same selection.")
@@ -67,7 +78,7 @@ def late_utility(
     """Utilities of M images scored after a selection.
 
     Args: name, options: of the strategy that made the selection; late: its Selection.late; uncertainty: measure ->
-        (M,) >= 0 (only what the strategy uses is read); embeddings (M, D), of the model the pool was embedded with.
+        (M,) >= 0 (only what the strategy uses is read), for "committee" also "disagreement" -> (M,) >= 0; embeddings (M, D), of the model the pool was embedded with.
     Returns: (M,) in [0, 1]; an image of the pool gets the utility it had there (in a greedy walk: if outside the
         batch); "random" gives each distinct embedding a number of its own, the same in every call.
     Raises: StrategyUnknown, OptionsInvalid, InputInvalid (NaN, wrong shapes, a missing measure or late value).
@@ -104,6 +115,10 @@ def _hybrid(images: LateImages, settings: Mapping[str, Any]) -> Vector:
     return hybrid_utility(uncertainty, _kmeans(images, settings), settings["alpha"], settings["beta"])
 
 
+def _committee(images: LateImages, settings: Mapping[str, Any]) -> Vector:
+    return hybrid_utility(images.disagreement(), _kmeans(images, settings), settings["alpha"], settings["beta"])
+
+
 def _k_center(images: LateImages, settings: Mapping[str, Any]) -> Vector:
     distances = nearest_distances(images.embeddings, images.matrix("anchors"))
     return REST * far_from(distances, images.number("distance_high"))
@@ -129,5 +144,6 @@ _LATE: Mapping[str, Callable[[LateImages, Mapping[str, Any]], Vector]] = Mapping
         "coverage": _coverage,
         "hybrid": _hybrid,
         "hybrid_coverage": _hybrid_coverage,
+        "committee": _committee,
     }
 )

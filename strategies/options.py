@@ -68,6 +68,7 @@ _MEASURE = Option("measure", "least_confidence", "which uncertainty is used", ch
 _N_CLUSTERS = Option("n_clusters", 50, "k-means clusters, at most one per image", 1, 10_000)
 _MAX_REFERENCES = Option("max_references", 20_000, "images that have to be covered, drawn if there are more", 1, 20_000)
 _ALPHA = Option("alpha", 0.7, "weight of the uncertainty", 0.0, 1.0)
+_ALPHA_OF_DISAGREEMENT = Option("alpha", 0.7, "weight of the committee's disagreement", 0.0, 1.0)
 _BETA = Option("beta", 0.3, "weight of the diversity", 0.0, 1.0)
 
 OPTIONS: Mapping[str, tuple[Option, ...]] = MappingProxyType(
@@ -81,6 +82,7 @@ OPTIONS: Mapping[str, tuple[Option, ...]] = MappingProxyType(
         "coverage": (_MAX_REFERENCES, _KEEP_DUPLICATES),
         "hybrid": (_ALPHA, _BETA, _MEASURE, _N_CLUSTERS, _SUPPRESS_DUPLICATES),
         "hybrid_coverage": (_MEASURE, _MAX_REFERENCES, _SUPPRESS_DUPLICATES),
+        "committee": (_ALPHA_OF_DISAGREEMENT, _BETA, _N_CLUSTERS, _SUPPRESS_DUPLICATES),
     }
 )
 

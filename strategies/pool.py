@@ -110,6 +110,15 @@ class Pool:
             raise PoolInvalid(f"The pool has no uncertainty {measure!r} (it has: {known}). Score it with that measure.")
         return self.uncertainty[measure]
 
+    def committee_disagreement(self) -> Vector:
+        """(N,) disagreement of the committee; PoolInvalid when the pool was scored without one."""
+        if self.disagreement is None:
+            raise PoolInvalid(
+                "The pool has no disagreement: it was scored without a committee. Set committee_size (at least 3) in "
+                "the project's settings, or choose another strategy."
+            )
+        return self.disagreement
+
     def _set(self, name: str, value: NDArray[Any] | None) -> None:
         object.__setattr__(self, name, None if value is None else _read_only(value))
 

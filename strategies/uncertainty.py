@@ -119,7 +119,7 @@ def aggregate(values: ArrayLike, method: str = "max", n: int = 10) -> float:
         unknown method or n < 1.
     """
     boxes = as_vector(values, "values")
-    _check_choice(method, AGGREGATES, "aggregate method")
+    check_choice(method, AGGREGATES, "aggregate method")
     largest = as_count(n, "n")
     if not len(boxes):
         raise InputInvalid("There are no values to aggregate. Decide what an image without boxes is worth.")
@@ -152,17 +152,17 @@ def image_uncertainty(
         values and the strategies rescale them over the pool.
     Raises: InputInvalid for NaN, wrong shapes, unknown names or a threshold outside [0, 1].
     """
-    _check_choice(measure, MEASURES, "measure")
+    check_choice(measure, MEASURES, "measure")
     chosen = MEASURES[measure]
     rows = as_probabilities(probabilities)
     lowest = float(as_vector([chosen.threshold if threshold is None else threshold], "threshold", 1, 0.0, 1.0)[0])
     policy = chosen.empty if empty is None else empty
-    _check_choice(policy, EMPTY_POLICIES, "empty policy")
+    check_choice(policy, EMPTY_POLICIES, "empty policy")
     weights = None if class_weights is None else _weights_for(class_weights, rows)
     confidence = rows.max(axis=1) if len(rows) else np.zeros(0)
     if (confidence >= lowest).any():
         return aggregate(_box_values(rows[confidence >= lowest], chosen, weights), method, n)
-    _check_choice(method, AGGREGATES, "aggregate method")
+    check_choice(method, AGGREGATES, "aggregate method")
     if policy != "best_candidate":
         return 1.0 if policy == "uncertain" else 0.0
     if not len(rows):
@@ -216,6 +216,12 @@ def scaled(values: ArrayLike, scale: float) -> Vector:
     return np.clip(as_vector(values, "uncertainty", low=0.0) / scale, 0.0, 1.0)
 
 
+def check_choice(value: str, allowed: Sequence[str] | Mapping[str, object], name: str) -> None:
+    """InputInvalid, with the nearest allowed one, unless `value` is in `allowed`; `name` says what it is."""
+    if value not in tuple(allowed):
+        raise InputInvalid(f"Unknown {name} {value!r}.{nearest_name(value, allowed)} Allowed: {', '.join(allowed)}.")
+
+
 def _box_values(rows: Matrix, measure: Measure, weights: Vector | None) -> Vector:
     values = measure.function(with_background(rows) if measure.background else rows)
     return values if weights is None else values * weights[rows.argmax(axis=1)]
@@ -223,8 +229,3 @@ def _box_values(rows: Matrix, measure: Measure, weights: Vector | None) -> Vecto
 
 def _weights_for(class_weights: ArrayLike, rows: Matrix) -> Vector:
     return as_vector(class_weights, "class_weights", rows.shape[1] if len(rows) else None, low=0.0)
-
-
-def _check_choice(value: str, allowed: Sequence[str] | Mapping[str, object], name: str) -> None:
-    if value not in tuple(allowed):
-        raise InputInvalid(f"Unknown {name} {value!r}.{nearest_name(value, allowed)} Allowed: {', '.join(allowed)}.")

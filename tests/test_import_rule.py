@@ -23,7 +23,7 @@ STRATEGIES_MAY_IMPORT = {"numpy", "scipy", "sklearn", "threadpoolctl"}
 
 
 def imports(path: Path, *, at_import_only: bool = False) -> set[str]:
-    """First names of everything the module imports; with `at_import_only`, not what its functions or type checkers do."""
+    """First names of what the module imports; with `at_import_only`, without what its functions or type checkers do."""
     found: set[str] = set()
     waiting: list[ast.AST] = [ast.parse(path.read_text())]
     while waiting:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,18 +13,16 @@ from sqlalchemy import Connection, func, select, update
 
 from worker import steps
 from worker.boxes import LabelMap
-from worker.errors import (
-    NothingToLabel,
-)
+from worker.errors import NothingToLabel
+from worker.label_studio import is_our_version
 from worker.scoring import plan_scoring
 from worker.services import Services
-from worker.store import (
-    projects,
-    tasks,
-)
+from worker.store import get_project, open_round_of, projects, tasks
 from worker.store import rounds as round_rows
 from worker.syncing import sync_project
 from worker.work import Work
+
+log = logging.getLogger(__name__)
 
 IMPORT_PAUSE = 2.0  # seconds in which a running import adds tasks
 
@@ -83,6 +82,27 @@ def _wait_for_import(work: Work) -> None:
             raise NothingToLabel
         time.sleep(IMPORT_PAUSE)
         work.lease.check()
+
+
+def heal(own: Services, project_id: int) -> None:
+    """Label Studio serves none of our versions, or an old one; our webhook lacks the password set since: put right.
+
+    What a person chose instead (another version, another sampling, no webhook) stays as it is.
+    """
+    with own.store.read() as connection:
+        project = get_project(connection, project_id)
+        busy = open_round_of(connection, project_id)
+    if project.published_version is None or (busy is not None and busy.state == "publishing"):
+        return
+    api = own.label_studio
+    version, served = str(project.published_version), str(api.project(project_id).get("model_version") or "")
+    astray = served != version and (not served or is_our_version(served))
+    if astray and api.versions(project_id).get(version):
+        api.publish_version(project_id, version)
+        log.warning("project %s served %r; it serves %s again", project_id, served, version)
+    url = f"{project.backend_url.rstrip('/')}/webhook"
+    if api.find_webhook(project_id, url) is not None:
+        api.own_webhook(project_id, url, basic_auth(own))
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,11 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from rq.timeouts import JobTimeoutException
 from sqlalchemy import Row, select, update
 
 from worker import rounds, steps
-from worker.attaching import attach_project
+from worker.attaching import attach_project, heal
 from worker.errors import (
     HardfirstError,
     JobFenced,
@@ -26,6 +27,7 @@ from worker.retraining import train_and_measure
 from worker.scoring import score_alone, score_late, score_one_shard
 from worker.services import Services, from_environment
 from worker.store import (
+    OPEN_STATES,
     get_project,
     get_round,
     latest_round,
@@ -99,7 +101,8 @@ def _run(step_id: int, attempt: int, body: Callable[[Work], None]) -> None:
     except HardfirstError as error:
         _failed(own, lease, str(error), retry=False)
     except Exception as error:
-        _failed(own, lease, f"{type(error).__name__}: {error}", retry=True)
+        first_line = str(error).partition("\n")[0][:300]  # a database's error goes on with every parameter
+        _failed(own, lease, f"{type(error).__name__}: {first_line}", retry=True)
         raise  # RQ logs it, with the traceback, and keeps the job as failed
     finally:
         steps.send_waiting(own.store, own.redis)
@@ -108,7 +111,8 @@ def _run(step_id: int, attempt: int, body: Callable[[Work], None]) -> None:
 def _tell(own: Services, round_id: int, problem: str | None) -> None:
     with own.store.write() as connection:
         row = get_round(connection, round_id)
-        connection.execute(update(projects).where(projects.c.id == row.project_id).values(problem=problem))
+        if problem is None or row.state in OPEN_STATES:
+            connection.execute(update(projects).where(projects.c.id == row.project_id).values(problem=problem))
 
 
 def _failed(own: Services, lease: steps.Lease, reason: str, *, retry: bool) -> None:
@@ -146,6 +150,8 @@ def reconcile() -> None:
         except HardfirstError as error:
             log.warning("project %s not reconciled: %s", project.id, error)
             _set_problem(own, project.id, str(error))
+        except JobTimeoutException:
+            raise  # the job's time is up, not this project's
         except Exception:  # one project's trouble must not keep the others from theirs
             log.exception("project %s not reconciled", project.id)
         else:
@@ -162,7 +168,7 @@ def _forget_problem(own: Services, project_id: int) -> None:
     """What reconcile complained of is mended; what a round complains of stands until the next one."""
     with own.store.write() as connection:
         last = latest_round(connection, project_id)
-        if last is not None and last.state == "done":
+        if last is not None and last.state in ("done", "cancelled"):
             connection.execute(update(projects).where(projects.c.id == project_id).values(problem=None))
 
 
@@ -178,7 +184,6 @@ def _reconcile_project(own: Services, project: Row[Any]) -> None:
         opened = rounds.open_round_if_triggered(connection, project.id)
     if opened is not None:
         with own.store.write() as connection:
-            record_event(
-                connection, project.id, "reconciled", detail="a round was opened for labels no webhook brought"
-            )
-    score_late(own, project)
+            record_event(connection, project.id, "reconciled", detail="a round was opened that no webhook had opened")
+    heal(own, project.id)
+    score_late(own, project.id)

@@ -98,11 +98,8 @@ class LabelStudio:
                 headers = self._sdk._client_wrapper.get_headers()
         except httpx.HTTPError as error:
             raise LabelStudioUnavailable(f"Label Studio at {self.url} does not answer: {error}") from error
-        except Exception as error:
-            raise LabelStudioRefused(
-                f"Label Studio at {self.url} did not accept LABEL_STUDIO_API_KEY ({type(error).__name__}). "
-                "Take a new one: Account & Settings -> Access Token"
-            ) from error
+        except Exception as error:  # noqa: BLE001 - the SDK raises what it meets: its ApiError, jwt's, json's
+            raise _token_error(self.url, error) from error
         return {"Authorization": headers["Authorization"]}
 
     def _request(self, method: str, path: str, *, timeout: float = QUICK, **kwargs: Any) -> Any:
@@ -194,7 +191,9 @@ class LabelStudio:
         if ours is None:
             created = self._request("POST", "/api/webhooks/", json={**body, "project": project_id})
             return int(created["id"])
-        self._request("PATCH", f"/api/webhooks/{ours['id']}/", json={**body, "url": ours["url"]})
+        wanted = {**body, "url": ours["url"], "actions": sorted(WEBHOOK_ACTIONS)}
+        if wanted != {name: ours.get(name) for name in wanted} | {"actions": sorted(ours.get("actions") or [])}:
+            self._request("PATCH", f"/api/webhooks/{ours['id']}/", json=wanted)
         return int(ours["id"])
 
     def find_webhook(self, project_id: int, webhook_url: str) -> dict[str, Any] | None:
@@ -279,10 +278,21 @@ def _excerpt(text: str) -> str:
     return text if len(text) <= 500 else f"{text[:150]} ... {text[-350:]}"
 
 
+def _token_error(url: str, error: Exception) -> Exception:
+    """What it means that a personal access token could not be made into one that is valid now."""
+    status = getattr(error, "status_code", None)
+    if isinstance(error, ValueError) or (isinstance(status, int) and status not in (400, 401, 403)):
+        return LabelStudioUnavailable(f"Label Studio at {url} did not renew the access token ({type(error).__name__})")
+    return CredentialsMissing(
+        f"Label Studio at {url} did not accept LABEL_STUDIO_API_KEY ({type(error).__name__}). "
+        "Take a new one: Account & Settings -> Access Token"
+    )
+
+
 def _checked(response: httpx.Response, method: str, path: str) -> Any:
     where = f"{method} {path}"
-    if response.status_code in (401, 403):
-        raise LabelStudioRefused(
+    if response.status_code in (401, 403):  # the round waits: somebody will mend it, and nothing is wrong with the work
+        raise CredentialsMissing(
             f"Label Studio answered {response.status_code} to {where}: LABEL_STUDIO_API_KEY is not valid, or its user "
             "may not change this project. Take a token: Account & Settings -> Access Token"
         )

@@ -11,7 +11,7 @@ import numpy as np
 from strategies.stopping import learning_curve_stats, should_stop
 from worker.boxes import yolo_to_xyxy
 from worker.dataset import TaskTruth
-from worker.evaluation import Detections, Truth
+from worker.evaluation import Detections, Evaluation, Truth, evaluate
 
 
 def truth_for(detections: Detections, truths: Sequence[TaskTruth]) -> Truth:
@@ -43,6 +43,16 @@ def renamed(detections: Detections, names: Mapping[int, str], labels: Sequence[s
         confidences=detections.confidences[kept],
         class_ids=class_ids,
     )
+
+
+def on_common_images(detections: Mapping[int, Detections], truths: Sequence[TaskTruth]) -> dict[int, Evaluation]:
+    """Every round's evaluation on the same labelled holdout images: those that all of them looked at.
+
+    An image that one round could not read would make its mAP one of other images, and the gain one of luck.
+    """
+    common = set.intersection(*(set(found.keys.tolist()) for found in detections.values())) if detections else set()
+    kept = [truth for truth in truths if truth.task_id in common]
+    return {key: evaluate(found, truth_for(found, kept)) for key, found in detections.items()}
 
 
 def base_verdict(points: Sequence[tuple[int, float]], min_map_gain: float) -> dict[str, Any]:

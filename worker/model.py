@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import islice
 from typing import Any
 
@@ -19,6 +20,7 @@ from PIL import Image
 from sqlalchemy import Row
 
 from strategies import late_utility
+from strategies.diversity import near_duplicates_of_labelled
 from strategies.uncertainty import MEASURES, image_uncertainty
 from worker.artifacts import round_key
 from worker.boxes import LabelMap, to_regions
@@ -26,7 +28,8 @@ from worker.descriptor import DESCRIPTOR_NAME, describe
 from worker.detector import Detector, ImageScore, prepare_ultralytics
 from worker.errors import BadRequest, ImageUnusable, LabelMismatch
 from worker.label_studio import PENDING_VERSION, published_score
-from worker.rounds import settings_of
+from worker.rounds import not_for_boxes, settings_of
+from worker.scoring import holdout_embeddings, stored_predictions
 from worker.services import Services, from_environment
 from worker.settings import ProjectSettings
 from worker.store import get_project, get_round
@@ -51,11 +54,22 @@ class Scorer:
 
     def __init__(self, services: Services, project: Row[Any], round_row: Row[Any]) -> None:
         self.services = services
+        self._project_id, self._round = int(project.id), round_row
         self.settings: ProjectSettings = settings_of(round_row)
         self.label_map = LabelMap.from_config(project.label_config)
         self.detector = _load_detector(services, round_row)
         self.embedder = round_row.weights_sha256 or DESCRIPTOR_NAME
         self.class_to_label = self._classes()
+
+    @cached_property
+    def holdout(self) -> NDArray[np.float32]:
+        """(H, D): embeddings of the holdout, which does not change."""
+        return holdout_embeddings(self.services, self._project_id, self._round)
+
+    @cached_property
+    def selection(self) -> tuple[dict[str, NDArray[Any]], Any]:
+        """What the round's selection kept for tasks that come later."""
+        return self.services.artifacts.get_arrays(selection_key(self._round))
 
     def _classes(self) -> dict[int, str]:
         if self.detector is None:
@@ -153,7 +167,10 @@ class ScorerCache:
         self._scorers: dict[tuple[Any, ...], Scorer] = {}
 
     def get(self, services: Services, project: Row[Any], round_row: Row[Any]) -> Scorer:
-        key = (project.id, round_row.id, round_row.weights_sha256, project.label_config, round_row.settings)
+        key = (
+            *(services.settings.store_url, project.id, round_row.id, round_row.opened_at),
+            *(round_row.weights_sha256, project.label_config, round_row.settings),
+        )
         with self._lock:
             scorer = self._scorers.pop(key, None) or Scorer(services, project, round_row)
             self._scorers[key] = scorer
@@ -182,7 +199,7 @@ class HardfirstModel(LabelStudioMLBase):  # type: ignore[misc]  # label_studio_m
         self.services = services or from_environment("worker")
 
     def predict(self, tasks: Sequence[Mapping[str, Any]], **kwargs: Any) -> list[dict[str, Any]]:
-        """One prediction per task, of the version that is published.
+        """One prediction per task, of the version that is published: the stored one where there is one.
 
         Args:
             tasks: Label Studio's tasks: id, project, data.
@@ -199,34 +216,64 @@ class HardfirstModel(LabelStudioMLBase):  # type: ignore[misc]  # label_studio_m
         project_id = _project_of(tasks)
         with self.services.store.read() as connection:
             project = get_project(connection, project_id)
-            round_row = (
-                get_round(connection, project.published_round_id) if project.published_round_id is not None else None
-            )
-        if round_row is None:
-            return [_answer([], 1.0, PENDING_VERSION, "the first batch is not published yet") for _ in tasks]
-        return self._predict(project, round_row, tasks)
+        return self.predict_and_score(project, tasks)[0]
 
-    def _predict(
-        self, project: Row[Any], round_row: Row[Any], tasks: Sequence[Mapping[str, Any]]
-    ) -> list[dict[str, Any]]:
+    def predict_and_score(
+        self, project: Row[Any], tasks: Sequence[Mapping[str, Any]]
+    ) -> tuple[list[dict[str, Any]], list[LateScore]]:
+        """`predict`, and the scores of the tasks that had none stored."""
+        if project.published_round_id is None:
+            waiting = {"result": [], "score": 1.0, "model_version": PENDING_VERSION}
+            return [{**waiting, "problem": "the first batch is not published yet"} for _ in tasks], []
+        ids = [int(task["id"]) for task in tasks]
+        with self.services.store.read() as connection:
+            known = stored_predictions(connection, project, ids)
+            round_row = get_round(connection, project.published_round_id)
+            held = not_for_boxes(connection, project.id, ids)
+        late = self._score(project, round_row, [task for task in tasks if int(task["id"]) not in known])
+        answers = known | {one.score.task_id: _answer(one, project, held) for one in late}
+        return [answers[task_id] for task_id in ids], late
+
+    def _score(self, project: Row[Any], round_row: Row[Any], tasks: Sequence[Mapping[str, Any]]) -> list[LateScore]:
+        if not tasks:
+            return []
         scorer = SCORERS.get(self.services, project, round_row)
         key = scorer.label_map.image_key
         images = [(int(task["id"]), str((task.get("data") or {}).get(key) or "")) for task in tasks]
-        scores = list(scorer.score(images))
-        utilities = late_utilities(self.services, round_row, scores)
-        version = str(project.published_version)
+        found = list(scorer.score(images))
+        utilities = late_utilities(scorer, found)
+        twins = _twins(scorer, found)
         return [
-            _answer(score.regions, published_score(None, utility, 1), version, score.problem, score, utility)
-            for score, utility in zip(scores, utilities, strict=True)
+            LateScore(score, 0.0 if twin else utility, twin)
+            for score, utility, twin in zip(found, utilities, twins, strict=True)
         ]
 
 
-def late_utilities(services: Services, round_row: Row[Any], scores: Sequence[TaskScore]) -> list[float]:
+@dataclass(frozen=True)
+class LateScore:
+    """A task scored after its round's selection."""
+
+    score: TaskScore
+    utility: float
+    twin: bool  # of a holdout image
+
+
+def _twins(scorer: Scorer, found: Sequence[TaskScore]) -> list[bool]:
+    """Which of these look like an image of the holdout, and so must not be trained on."""
+    usable = [score.embedding for score in found if score.embedding is not None]
+    if not usable or not len(scorer.holdout):
+        return [False for _ in found]
+    threshold = scorer.settings.near_duplicate_threshold
+    alike = iter(near_duplicates_of_labelled(np.stack(usable), scorer.holdout, threshold))
+    return [score.embedding is not None and bool(next(alike)) for score in found]
+
+
+def late_utilities(scorer: Scorer, scores: Sequence[TaskScore]) -> list[float]:
     """Utilities of tasks scored after the round's selection, on the scale that selection kept. No score: 0."""
     usable = [score for score in scores if score.embedding is not None]
     if not usable:
         return [0.0 for _ in scores]
-    kept, note = services.artifacts.get_arrays(selection_key(round_row))
+    kept, note = scorer.selection
     late = {**note["late"], **kept}
     if not late:  # the pool was empty: there is nothing to compare with, and every new task is welcome
         return [0.0 if score.embedding is None else 1.0 for score in scores]
@@ -241,20 +288,13 @@ def selection_key(round_row: Row[Any]) -> str:
     return round_key(round_row.project_id, round_row.number, "selection.npz")
 
 
-def _answer(
-    regions: list[dict[str, Any]],
-    score: float,
-    version: str,
-    problem: str | None,
-    scored: TaskScore | None = None,
-    utility: float = 0.0,
-) -> dict[str, Any]:
-    answer: dict[str, Any] = {"result": regions, "score": score, "model_version": version}
-    if problem:
-        answer["problem"] = problem
-    if scored is not None and scored.measures:
-        answer |= {"measures": dict(scored.measures), "utility": utility}
-    return answer
+def _answer(one: LateScore, project: Row[Any], held: set[int]) -> dict[str, Any]:
+    answer: dict[str, Any] = {
+        "result": [] if one.score.task_id in held else one.score.regions,
+        "score": published_score(None, one.utility, 1),
+        "model_version": str(project.published_version),
+    }
+    return answer if one.score.problem is None else {**answer, "problem": one.score.problem}
 
 
 def _project_of(tasks: Sequence[Mapping[str, Any]]) -> int:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import io
 import json
+import logging
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 from sqlalchemy import Connection, bindparam, func, select, update
 
+from strategies.diversity import near_duplicates_of_labelled
 from worker import rounds, steps
 from worker.errors import (
     HardfirstError,
+    JobFenced,
     LabelStudioRefused,
     Unavailable,
 )
@@ -23,6 +25,7 @@ from worker.label_studio import (
     prediction,
     published_score,
 )
+from worker.scoring import shard_embeddings
 from worker.selection import Batch, ScoredTasks, draw_holdout, first_batch, generator, next_batch
 from worker.store import (
     get_project,
@@ -37,27 +40,30 @@ from worker.store import rounds as round_rows
 from worker.syncing import sync_project
 from worker.work import MEASURES, Work, clear_progress
 
+log = logging.getLogger(__name__)
+
 
 def select_and_publish(work: Work) -> None:
     own = work.services
     work.progress("publishing")
-    sync_project(own, work.project.id)
-    batch = _select(work)
-    _write_selection(work, batch)
     version = model_version(work.round.number)
-    sent = _send_predictions(work, version, batch)
-    work.lease.check()
-    if sent:  # Label Studio refuses a version of which it has no prediction: nothing is left to label
-        own.label_studio.publish_version(work.project.id, version)
-    view_id = own.label_studio.show_batch_tab(work.project.id, version, work.project.view_id)
+    if not _switched_before(work, version):
+        sync_project(own, work.project.id)
+        batch = _select(work)
+        work.lease.hold()
+        _write_selection(work, batch)
+        sent = _send_predictions(work, version)
+        work.lease.hold()  # from here on there is no way back: a cancelled round must not be served
+        if sent:  # Label Studio refuses a version of which it has no prediction: nothing is left to label
+            own.label_studio.publish_version(work.project.id, version)
+    view_id = _show_tab(work, version)
 
     def then(connection: Connection) -> None:
         here = update(projects).where(projects.c.id == work.project.id)
         connection.execute(
             here.values(published_version=version, published_round_id=work.round.id, view_id=view_id, problem=None)
         )
-        asked = _training_share(connection, work, batch)
-        values = {"model_version": version, "batch_size": asked}
+        values = {"model_version": version, "batch_size": _training_share(connection, work)}
         connection.execute(update(round_rows).where(round_rows.c.id == work.round.id).values(**values))
         rounds.close_round(connection, work.round.id, "done")
         steps.add(connection, work.round.id, "purge")
@@ -67,13 +73,42 @@ def select_and_publish(work: Work) -> None:
     clear_progress(own, work.project.id)
 
 
-def _training_share(connection: Connection, work: Work, batch: Batch) -> int:
+def _switched_before(work: Work, version: str) -> bool:
+    """An attempt was killed after the switch: what it selected stands; selecting again could differ from it.
+
+    A version of this name that another store published is none of ours.
+    """
+    selected = select(scores.c.task_id).where(
+        scores.c.round_id == work.round.id, scores.c.published_score.is_not(None)
+    )
+    with work.services.store.read() as connection:
+        if connection.execute(selected.limit(1)).first() is None:
+            return False
+    return bool(work.services.label_studio.project(work.project.id).get("model_version") == version)
+
+
+def _show_tab(work: Work, version: str) -> int | None:
+    """The Data Manager's tab: a convenience, for which no round fails."""
+    known: int | None = work.project.view_id
+    try:
+        return work.services.label_studio.show_batch_tab(work.project.id, version, known)
+    except HardfirstError as error:
+        log.warning("project %s: the tab with the batch was not made: %s", work.project.id, error)
+        return known
+
+
+def _training_share(connection: Connection, work: Work) -> int:
     """What opens the next round by default: all of the first batch, later the batch without its holdout tasks."""
+    batch = (
+        select(func.count())
+        .select_from(scores)
+        .join(tasks, (tasks.c.task_id == scores.c.task_id) & (tasks.c.project_id == work.project.id))
+        .where(scores.c.round_id == work.round.id, scores.c.rank.is_not(None))
+    )
+    everything = int(connection.execute(batch).scalar_one())
     if work.round.number == 0:
-        return len(batch.task_ids)
-    holdout = select(tasks.c.task_id).where(tasks.c.project_id == work.project.id, tasks.c.holdout.is_(True))
-    held = set(connection.execute(holdout).scalars().all())
-    return sum(1 for task_id in batch.task_ids if task_id not in held) or len(batch.task_ids)
+        return everything
+    return int(connection.execute(batch.where(tasks.c.holdout.is_not(True))).scalar_one()) or everything
 
 
 def _select(work: Work) -> Batch:
@@ -82,12 +117,15 @@ def _select(work: Work) -> Batch:
         scored = _scored_tasks(connection, work)
         labelled = rounds.task_ids_of_annotations(connection, work.project.id)
         held = rounds.holdout_of(connection, work.project.id)
+        barred = rounds.not_for_training(connection, work.project.id)
     is_labelled = np.isin(scored.task_ids, list(labelled))
     notes: list[str] = []
     if None in held.values():
         held, notes = _draw_splits(work, scored, is_labelled, held)
+        with own.store.read() as connection:
+            barred = rounds.not_for_training(connection, work.project.id)
     in_holdout = np.array([held.get(int(task_id)) is True for task_id in scored.task_ids], dtype=bool)
-    pool = scored.rows(~is_labelled & ~in_holdout)
+    pool = scored.rows(~is_labelled & ~np.isin(scored.task_ids, list(barred)))
     known = scored.rows(is_labelled | in_holdout)  # neither is asked for again, nor are their near-duplicates
     left = [int(task_id) for task_id in scored.task_ids[in_holdout & ~is_labelled]]
     generator(work.settings, work.project.id, 0, "holdout order").shuffle(left)
@@ -102,24 +140,45 @@ def _select(work: Work) -> Batch:
 def _draw_splits(
     work: Work, scored: ScoredTasks, is_labelled: Any, held: dict[int, bool | None]
 ) -> tuple[dict[int, bool | None], list[str]]:
-    """Once per project. Tasks that come later are for training."""
+    """The holdout, once per project, in round 0. Tasks that come later are for training, but for the holdout's twins.
+
+    A holdout drawn later would hold images that were trained on.
+    """
     settings = work.settings
     chosen: set[int] = set()
     notes: list[str] = []
-    if all(value is None for value in held.values()):
+    if work.round.number == 0 and all(value is None for value in held.values()):
         size = settings.holdout_for(len(scored.task_ids))
         rng = generator(settings, work.project.id, 0, "holdout")
         chosen, notes = draw_holdout(scored, is_labelled, size, settings.near_duplicate_threshold, rng)
-    new = {task_id: task_id in chosen for task_id, value in held.items() if value is None}
     undrawn = update(tasks).where(
         tasks.c.project_id == work.project.id, tasks.c.task_id == bindparam("of"), tasks.c.holdout.is_(None)
     )
     if chosen:  # the holdout in one transaction: killed after it, the next attempt draws no second one
         with work.services.store.write() as connection:
             connection.execute(undrawn.values(holdout=True), [{"of": task_id} for task_id in chosen])
-    rest = [{"of": task_id} for task_id, value in new.items() if not value]
-    write_rows(work.services.store, undrawn.values(holdout=False), rest)
+    new = {task_id: task_id in chosen for task_id, value in held.items() if value is None}
+    rest = [task_id for task_id, value in new.items() if not value]
+    if work.round.number > 0:
+        notes = notes + _mark_twins(work, scored, rest, held)
+    write_rows(work.services.store, undrawn.values(holdout=False), [{"of": task_id} for task_id in rest])
     return {**held, **new}, notes
+
+
+def _mark_twins(
+    work: Work, scored: ScoredTasks, came_later: list[int], held: dict[int, bool | None]
+) -> list[str]:
+    """Near-duplicates of holdout images among tasks that came after the draw: never trained on."""
+    late = np.isin(scored.task_ids, came_later)
+    holdout = np.array([held.get(int(task_id)) is True for task_id in scored.task_ids], dtype=bool)
+    if not late.any() or not holdout.any():
+        return []
+    threshold = work.settings.near_duplicate_threshold
+    alike = near_duplicates_of_labelled(scored.embeddings[late], scored.embeddings[holdout], threshold)
+    twins = [int(task_id) for task_id in scored.task_ids[late][alike]]
+    row = (tasks.c.project_id == work.project.id, tasks.c.task_id == bindparam("of"))
+    write_rows(work.services.store, update(tasks).where(*row).values(twin=True), [{"of": one} for one in twins])
+    return [f"{len(twins)} new images look like images of the holdout: they are not trained on"] if twins else []
 
 
 def _scored_tasks(connection: Connection, work: Work) -> ScoredTasks:
@@ -130,10 +189,10 @@ def _scored_tasks(connection: Connection, work: Work) -> ScoredTasks:
         .order_by(scores.c.task_id)
     )
     rows = connection.execute(query).all()
-    shards: dict[int, Any] = {}
-    for shard in sorted({row.shard for row in rows}):
-        content = work.services.artifacts.get(work.key(f"embeddings-{shard:05d}.npy"))
-        shards[shard] = np.load(io.BytesIO(content), allow_pickle=False)
+    shards = {
+        shard: shard_embeddings(work.services, work.project.id, work.round.number, shard)
+        for shard in sorted({row.shard for row in rows})
+    }
     size = next(iter(shards.values())).shape[1] if shards else 1
     embeddings = np.zeros((len(rows), size), dtype=np.float32)
     for position, row in enumerate(rows):
@@ -181,7 +240,7 @@ def _write_selection(work: Work, batch: Batch) -> None:
     own.artifacts.put(work.key("manifest.json"), json.dumps(manifest, indent=1).encode())
 
 
-def _send_predictions(work: Work, version: str, batch: Batch) -> int:
+def _send_predictions(work: Work, version: str) -> int:
     """Everything under the new version, while the old one is still served; whole, or not at all. How many there are.
 
     A killed attempt may have left some: they go first, or tasks would have two predictions of one version.
@@ -189,8 +248,6 @@ def _send_predictions(work: Work, version: str, batch: Batch) -> int:
     api = work.services.label_studio
     with work.services.store.read() as connection:
         wanted = _predictions_count(connection, work)
-    if api.project(work.project.id).get("model_version") == version:
-        return wanted  # an attempt that was killed after the switch: everything was written before it
     if api.versions(work.project.id).get(version):
         api.delete_version(work.project.id, version)
     try:
@@ -203,6 +260,8 @@ def _send_predictions(work: Work, version: str, batch: Batch) -> int:
         raise Unavailable(
             "tasks were deleted in Label Studio while the batch was written; it is made anew"
         ) from refused
+    except JobFenced:
+        raise  # another attempt is at it: what is there may be its own
     except HardfirstError:
         if api.versions(work.project.id).get(version):
             api.delete_version(work.project.id, version)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,9 +18,10 @@ from worker.artifacts import round_key
 from worker.dataset import TaskTruth, truth_of, write_dataset
 from worker.errors import (
     ImageUnusable,
+    NotFound,
 )
 from worker.images import decode_image
-from worker.measuring import base_verdict, renamed, truth_for
+from worker.measuring import base_verdict, on_common_images, renamed
 from worker.scoring import plan_scoring
 from worker.store import (
     loads,
@@ -36,6 +37,9 @@ if TYPE_CHECKING:
     from worker.training import TrainProgress, TrainRequest
 
 
+TASKS_AT_ONCE = 1000
+
+
 def train_and_measure(work: Work) -> None:
     from worker.detector import prepare_ultralytics
     from worker.training import train
@@ -43,15 +47,18 @@ def train_and_measure(work: Work) -> None:
     own = work.services
     prepare_ultralytics(own.ultralytics_dir)
     work.progress("preparing")
+    _remove_other_folders(work)
     truths = _truths(work)
     with own.store.read() as connection:
-        held = rounds.holdout_of(connection, work.project.id)
-    dataset = _dataset(work, [truth for truth in truths if held.get(truth.task_id) is not True])
+        barred = rounds.not_for_training(connection, work.project.id)
+        holdout = sorted(task_id for task_id, held in rounds.holdout_of(connection, work.project.id).items() if held)
+    dataset = _dataset(work, [truth for truth in truths if truth.task_id not in barred])
     base = _base_weights(work)
     trained = train(_train_request(work, dataset.yaml, base.path), lambda now: _show_training(work, now))
     content = trained.weights.read_bytes()
+    measured = measure(work, trained.weights, truths, holdout)
+    work.lease.hold()
     weights = {"weights": work.key("weights.pt"), "weights_sha256": own.artifacts.put(work.key("weights.pt"), content)}
-    measured = measure(work, trained.weights, [truth for truth in truths if held.get(truth.task_id) is True], held)
     report = {
         "names": trained.names,
         "notes": [note for note in (base.note, trained.note, measured.note) if note],
@@ -61,8 +68,7 @@ def train_and_measure(work: Work) -> None:
         "background": dataset.n_background,
         "base_weights": Path(base.path).name,
     }
-    values = {"labels": dataset.n_images, "boxes": dataset.n_boxes, "report": json.dumps(report), **measured.columns}
-
+    values = {"labels": dataset.n_images, "boxes": dataset.n_boxes, "report": json.dumps(report)}
     shards = plan_scoring(work)
 
     def then(connection: Connection) -> None:
@@ -72,7 +78,20 @@ def train_and_measure(work: Work) -> None:
         steps.add(connection, work.round.id, "score", shards)
 
     steps.finish(work.lease, then)
-    shutil.rmtree(own.round_dir(work.project.id, work.round.number), ignore_errors=True)
+    shutil.rmtree(_folder(work), ignore_errors=True)
+
+
+def _folder(work: Work) -> Path:
+    """Scratch of this round on this host. Of this opening of it: a store begun anew must not find another's dataset."""
+    name = f"p{work.project.id}-r{work.round.number:06d}-{work.round.opened_at:.0f}"
+    return work.services.settings.data_dir.resolve() / "work" / name
+
+
+def _remove_other_folders(work: Work) -> None:
+    """Of rounds that were cancelled or failed here: a project has one open round."""
+    for folder in _folder(work).parent.glob(f"p{work.project.id}-r*"):
+        if folder != _folder(work):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _truths(work: Work) -> list[TaskTruth]:
@@ -80,10 +99,12 @@ def _truths(work: Work) -> list[TaskTruth]:
     exported = work.services.label_studio.export(work.project.id)
     label_map = work.label_map
     images = {int(task["id"]): str((task.get("data") or {}).get(label_map.image_key) or "") for task in exported}
-    found = [{**one, "task": task["id"]} for task in exported for one in task.get("annotations") or []]
-    with work.services.store.write() as connection:
-        rounds.remember_tasks(connection, work.project.id, images)
-        rounds.remember_annotations(connection, work.project.id, found)
+    for start in range(0, len(exported), TASKS_AT_ONCE):  # a webhook waits for no more than these
+        some = exported[start : start + TASKS_AT_ONCE]
+        found = [{**one, "task": task["id"]} for task in some for one in task.get("annotations") or []]
+        with work.services.store.write() as connection:
+            rounds.remember_tasks(connection, work.project.id, {int(task["id"]): images[task["id"]] for task in some})
+            rounds.remember_annotations(connection, work.project.id, found)
     return [truth for task in exported if (truth := truth_of(task, label_map)) is not None]
 
 
@@ -102,7 +123,7 @@ class _Dataset:
 
 def _dataset(work: Work, truths: Sequence[TaskTruth]) -> _Dataset:
     """Written once per round: an attempt that follows a killed one trains on the same images, and so can resume."""
-    folder = work.services.round_dir(work.project.id, work.round.number)
+    folder = _folder(work)
     frozen = folder / "report.json"
     if not frozen.is_file():
         report = write_dataset(
@@ -180,7 +201,7 @@ def _train_request(work: Work, dataset_yaml: Path, weights: str) -> TrainRequest
     settings = work.settings
     return TrainRequest(
         dataset_yaml=dataset_yaml,
-        run_dir=work.services.round_dir(work.project.id, work.round.number) / "run",
+        run_dir=_folder(work) / "run",
         weights=weights,
         epochs=settings.epochs,
         imgsz=settings.imgsz,
@@ -203,14 +224,14 @@ def _show_training(work: Work, now: TrainProgress) -> None:
 
 @dataclass(frozen=True)
 class Measured:
-    """A round's place on the learning curve. `history`: mAP50 of every measured round, on the holdout as it is now."""
+    """A round's place on the learning curve: every round that can be compared with it, on the holdout as it is now."""
 
-    columns: dict[str, Any]
-    history: dict[int, float]  # round id -> mAP50, this round last
+    evaluations: dict[int, evaluation.Evaluation]  # round id -> evaluation, oldest first, this round last
+    labels: tuple[str, ...]  # class id -> label
     note: str
 
 
-def measure(work: Work, weights: Path, truths: Sequence[TaskTruth], held: Mapping[int, bool | None]) -> Measured:
+def measure(work: Work, weights: Path, truths: Sequence[TaskTruth], holdout: Sequence[int]) -> Measured:
     """One evaluation on the holdout. Detections are kept for all its images, labelled or not, so that labels that
     come later, or are corrected, can measure every round again."""
     from worker.detector import Detector, collect_detections
@@ -219,31 +240,20 @@ def measure(work: Work, weights: Path, truths: Sequence[TaskTruth], held: Mappin
     work.progress("evaluating")
     detector = Detector.load(weights, own.settings.device, half=False)  # in full precision, whatever the device
     broken: dict[int, str] = {}
-    detections = collect_detections(
+    raw = collect_detections(
         detector,
-        _holdout_images(work, [task_id for task_id, value in held.items() if value is True], key, broken),
+        _holdout_images(work, holdout, key, broken),
         work.settings.imgsz,
-        progress=lambda done: work.progress("evaluating", done=done),
+        progress=lambda done: work.progress("evaluating", done=done, total=len(holdout)),
     )
-    own.artifacts.put(work.key("detections.npz"), detections.save())
-    now = evaluation.evaluate(detections, truth_for(detections, truths))
-    own.artifacts.put(work.key("evaluation.npz"), now.arrays.save())
+    own.artifacts.put(work.key("detections.npz"), raw.save())
     labels = work.label_map.labels
-    per_class = {
-        labels[class_id]: {"ap50": ap50, "ap50_95": now.ap50_95[class_id], "boxes": now.n_boxes[class_id]}
-        for class_id, ap50 in now.ap50.items()
-    }
-    columns = {
-        "map50": now.map50,
-        "map50_95": now.map50_95,
-        "holdout_labels": now.n_images,
-        "per_class": json.dumps(per_class),
-    }
-    history = _history(work, truths)
-    if now.map50 is not None:
-        history[work.round.id] = now.map50
+    earlier, missing = _earlier_detections(work)
+    detections = {**earlier, work.round.id: renamed(raw, detector.names, labels)}
+    evaluations = on_common_images(detections, truths)
+    own.artifacts.put(work.key("evaluation.npz"), evaluations[work.round.id].arrays.save())
     unread = f"{len(broken)} holdout images could not be read: {next(iter(broken.values()))}" if broken else ""
-    return Measured(columns, history, " ".join(part for part in (now.reason, unread) if part))
+    return Measured(evaluations, labels, " ".join(filter(None, (evaluations[work.round.id].reason, unread, missing))))
 
 
 def _holdout_images(work: Work, task_ids: Sequence[int], key: str, broken: dict[int, str]) -> Iterator[tuple[int, Any]]:
@@ -255,38 +265,54 @@ def _holdout_images(work: Work, task_ids: Sequence[int], key: str, broken: dict[
             broken[task_id] = str(error)
 
 
-def _history(work: Work, truths: Sequence[TaskTruth]) -> dict[int, float]:
-    """Earlier rounds, measured again on the holdout as it is labelled today: points of one curve must be comparable."""
-    own = work.services
-    with own.store.read() as connection:
-        earlier = measured_rounds(connection, work.project.id)
-    history: dict[int, float] = {}
-    for row in earlier:
-        if row.id == work.round.id:
+def _earlier_detections(work: Work) -> tuple[dict[int, evaluation.Detections], str]:
+    """What earlier rounds saw on the holdout, with class ids of today's label config; and which are lost."""
+    with work.services.store.read() as connection:
+        rows = [row for row in measured_rounds(connection, work.project.id) if row.id != work.round.id]
+    found: dict[int, evaluation.Detections] = {}
+    lost = []
+    for row in rows:
+        try:
+            content = work.services.artifacts.get(round_key(row.project_id, row.number, "detections.npz"))
+        except NotFound:
+            lost.append(str(row.number))
             continue
-        content = own.artifacts.get(round_key(row.project_id, row.number, "detections.npz"))
         names = {int(key): name for key, name in loads(row.report).get("names", {}).items()}
-        detections = renamed(evaluation.Detections.load(content), names, work.label_map.labels)
-        again = evaluation.evaluate(detections, truth_for(detections, truths))
-        if again.map50 is not None:
-            history[row.id] = again.map50
-    return history
+        found[row.id] = renamed(evaluation.Detections.load(content), names, work.label_map.labels)
+    return found, f"Detections of round {', '.join(lost)} are lost: it is not compared." if lost else ""
+
+
+def _columns(found: evaluation.Evaluation, labels: Sequence[str]) -> dict[str, Any]:
+    """An evaluation as columns of `rounds`."""
+    per_class = {
+        labels[class_id]: {"ap50": ap50, "ap50_95": found.ap50_95[class_id], "boxes": found.n_boxes[class_id]}
+        for class_id, ap50 in found.ap50.items()
+    }
+    return {
+        "map50": found.map50,
+        "map50_95": found.map50_95,
+        "holdout_labels": found.n_images,
+        "per_class": json.dumps(per_class),
+    }
 
 
 def _write_curve(connection: Connection, work: Work, measured: Measured) -> None:
-    """mAP50 and gain of every measured round, and this round's verdict."""
-    before: float | None = None
-    for round_id, map50 in measured.history.items():
-        gain = None if before is None else round(map50 - before, 6)
-        connection.execute(update(round_rows).where(round_rows.c.id == round_id).values(map50=map50, gain=gain))
-        before = map50
+    """Every compared round's mAP, gain and AP per class, on one holdout; and this round's verdict."""
+    labels_of = {row.id: row.labels for row in measured_rounds(connection, work.project.id)}
+    this = connection.execute(select(round_rows.c.labels).where(round_rows.c.id == work.round.id)).scalar_one()
+    points: list[tuple[int, float]] = []
+    is_measured = measured.evaluations[work.round.id].map50 is not None
+    for round_id, found in measured.evaluations.items():
+        if not is_measured and round_id != work.round.id:
+            continue  # without a labelled holdout today, the earlier figures are the best there are
+        gain = None
+        if found.map50 is not None:
+            gain = round(found.map50 - points[-1][1], 6) if points else None
+            points.append((this if round_id == work.round.id else labels_of[round_id], found.map50))
+        row = update(round_rows).where(round_rows.c.id == round_id)
+        connection.execute(row.values(gain=gain, **_columns(found, measured.labels)))
     query = select(func.sum(task_annotations.c.lead_time)).where(task_annotations.c.project_id == work.project.id)
     seconds = connection.execute(query.where(~task_annotations.c.cancelled)).scalar_one()
-    rows = {row.id: row for row in measured_rounds(connection, work.project.id)}
-    points = [(rows[round_id].labels, map50) for round_id, map50 in measured.history.items() if round_id in rows]
     verdict = base_verdict(points, work.settings.min_map_gain)
-    connection.execute(
-        update(round_rows)
-        .where(round_rows.c.id == work.round.id)
-        .values(minutes=(seconds or 0.0) / 60, verdict=json.dumps(verdict))
-    )
+    values = {"minutes": (seconds or 0.0) / 60, "verdict": json.dumps(verdict)}
+    connection.execute(update(round_rows).where(round_rows.c.id == work.round.id).values(**values))

@@ -39,19 +39,20 @@ def connect_project(
 ) -> bool:
     """What /setup does: remember the project, and open round 0 when there is none. True: it was opened now.
 
-    Label Studio calls /setup whenever somebody looks at its Model page; only what changed is written.
+    Label Studio calls /setup whenever somebody looks at its Model page: only what changed is written, and a round 0 that
+    failed is tried again only when something did.
     """
     values = {
         "label_config": label_config,
         "extra_params": settings.model_dump_json(exclude_unset=True),
         "backend_url": backend_url,
     }
-    row = connection.execute(select(projects).where(projects.c.id == project_id)).first()
-    if row is None:
-        new = {"id": project_id, "title": "", "connected_at": time.time(), **values}
-        if insert_or_ignore(connection, projects, [new]):
-            record_event(connection, project_id, "connected", detail="Label Studio connected this backend")
-    elif any(getattr(row, name) != value for name, value in values.items()):
+    new = {"id": project_id, "title": "", "connected_at": time.time(), **values}
+    if insert_or_ignore(connection, projects, [new]):
+        record_event(connection, project_id, "connected", detail="Label Studio connected this backend")
+    row = lock_project(connection, project_id)
+    changed = any(getattr(row, name) != value for name, value in values.items())
+    if changed:
         connection.execute(update(projects).where(projects.c.id == project_id).values(**values))
         record_event(connection, project_id, "settings", detail=values["extra_params"])
         # Label Studio calls with the old settings first, then with the new: a first round not yet begun takes these
@@ -60,14 +61,18 @@ def connect_project(
         )
         first = update(rounds).where(rounds.c.project_id == project_id, rounds.c.id.in_(begins))
         connection.execute(first.values(settings=values["extra_params"]))
-    return _open_first_round(connection, project_id)
+    last = latest_round(connection, project_id)
+    if last is None or (changed and last.number == 0 and last.state == "failed"):
+        return _open_first_round(connection, project_id)
+    return False
 
 
 def _open_first_round(connection: Connection, project_id: int) -> bool:
+    """Round 0, in the place of one that failed or was cancelled. False: there is one that did neither."""
     last = latest_round(connection, project_id)
     if last is not None and not (last.number == 0 and last.state in ("failed", "cancelled")):
         return False
-    if last is not None:  # it failed for a reason that somebody may have mended by now
+    if last is not None:
         connection.execute(delete(rounds).where(rounds.c.id == last.id))
     round_id = _insert_round(connection, project_id, 0, "the backend was connected")
     steps.add(connection, round_id, "attach", delay=ATTACH_DELAY)
@@ -160,22 +165,28 @@ def trigger(connection: Connection, project_id: int) -> str | None:
     if last is None or last.state in OPEN_STATES or (last.number == 0 and last.state != "done"):
         return None
     settings = parse_project_settings(project.extra_params)
-    if project.stop_accepted_at is not None or last.number >= settings.max_rounds:
+    if project.stop_accepted_at is not None or rounds_done(connection, project_id) >= settings.max_rounds:
         return None
     new, needed = towards_next(connection, project, last, settings)
+    if not new or not count_new_labels(connection, project_id, holdout_too=False):
+        return None  # nothing to train on that was not trained on
     if new >= needed:
         return f"{new} new labels (a round opens at {needed})"
-    if new and not has_unlabelled(connection, project_id):
+    if not has_unlabelled(connection, project_id):
         return f"{new} new labels, and the pool is empty"
     return None
 
 
+def rounds_done(connection: Connection, project_id: int) -> int:
+    """Rounds that trained and published: what max_rounds counts."""
+    these = (rounds.c.project_id == project_id, rounds.c.number > 0, rounds.c.state == "done")
+    return int(connection.execute(select(func.count()).select_from(rounds).where(*these)).scalar_one())
+
+
 def has_unlabelled(connection: Connection, project_id: int) -> bool:
-    """Whether anything is left to label. Unlike the count, it ends at the first one."""
+    """Whether there is a task that nobody has labelled or skipped."""
     labelled = exists().where(
-        task_annotations.c.project_id == project_id,
-        task_annotations.c.task_id == tasks.c.task_id,
-        task_annotations.c.cancelled.is_(False),
+        task_annotations.c.project_id == project_id, task_annotations.c.task_id == tasks.c.task_id
     )
     query = select(tasks.c.task_id).where(
         tasks.c.project_id == project_id, tasks.c.deleted.is_(False), tasks.c.image_problem.is_(None), ~labelled
@@ -191,12 +202,10 @@ def open_round_if_triggered(connection: Connection, project_id: int) -> int | No
 
 def close_round(connection: Connection, round_id: int, state: str, error: str | None = None) -> None:
     """done, failed or cancelled. A failed round's sentence stands on the page until the next one opens."""
+    closing = update(rounds).where(rounds.c.id == round_id, rounds.c.state.in_(OPEN_STATES))
+    if not connection.execute(closing.values(state=state, error=error, closed_at=time.time())).rowcount:
+        return  # somebody closed it before
     row = get_round(connection, round_id)
-    if row.state not in OPEN_STATES:
-        return
-    connection.execute(
-        update(rounds).where(rounds.c.id == round_id).values(state=state, error=error, closed_at=time.time())
-    )
     if state != "done":
         steps.drop_open(connection, round_id)
     if state == "failed":
@@ -240,12 +249,13 @@ def remember_annotations(connection: Connection, project_id: int, found: Iterabl
     for item in found:
         row = _annotation_row(project_id, item)
         rows[row["annotation_id"]] = row
-    query = select(task_annotations.c.annotation_id, task_annotations.c.updated_at).where(
-        task_annotations.c.project_id == project_id
-    )
-    if len(rows) < 500:
-        query = query.where(task_annotations.c.annotation_id.in_(list(rows)))
-    known = {int(row.annotation_id): str(row.updated_at) for row in connection.execute(query)}
+    ids = list(rows)
+    known: dict[int, str] = {}
+    for start in range(0, len(ids), 500):
+        these = task_annotations.c.annotation_id.in_(ids[start : start + 500])
+        query = select(task_annotations.c.annotation_id, task_annotations.c.updated_at)
+        found_now = connection.execute(query.where(task_annotations.c.project_id == project_id, these))
+        known |= {int(row.annotation_id): str(row.updated_at) for row in found_now}
     fresh = [row for key, row in rows.items() if row["updated_at"] >= known.get(key, "")]
     upsert(connection, task_annotations, fresh)
 
@@ -277,11 +287,12 @@ def forget_annotations(connection: Connection, project_id: int, annotation_ids: 
 def remember_tasks(connection: Connection, project_id: int, images: Mapping[int, str]) -> None:
     """New tasks join the pool; known ones keep their split and get their image's present address."""
     ids = list(images)
-    known: dict[int, str] = {}
+    known: dict[int, str | None] = {}
     for start in range(0, len(ids), 500):
         these = (tasks.c.project_id == project_id, tasks.c.task_id.in_(ids[start : start + 500]))
-        query = select(tasks.c.task_id, tasks.c.image).where(*these)
-        known |= {int(row.task_id): str(row.image) for row in connection.execute(query)}
+        query = select(tasks.c.task_id, tasks.c.image, tasks.c.deleted).where(*these)
+        # a task that was taken for deleted and is there again is brought up to date like one that changed
+        known |= {int(row.task_id): None if row.deleted else str(row.image) for row in connection.execute(query)}
     new = [
         {"project_id": project_id, "task_id": task_id, "image": image, "deleted": False}
         for task_id, image in images.items()
@@ -336,3 +347,19 @@ def holdout_of(connection: Connection, project_id: int) -> dict[int, bool | None
     """Live task ids -> in the holdout? None: the split is not drawn yet."""
     query = select(tasks.c.task_id, tasks.c.holdout).where(tasks.c.project_id == project_id, ~tasks.c.deleted)
     return {int(row.task_id): row.holdout for row in connection.execute(query)}
+
+
+def not_for_training(connection: Connection, project_id: int) -> set[int]:
+    """The holdout, and what looks like it: of all tasks, those too that are taken for deleted."""
+    query = select(tasks.c.task_id).where(tasks.c.project_id == project_id, tasks.c.holdout.is_(True) | tasks.c.twin)
+    return set(connection.execute(query).scalars().all())
+
+
+def not_for_boxes(connection: Connection, project_id: int, task_ids: Sequence[int]) -> set[int]:
+    """Which of these are in the holdout: its labels must not lean on the model they will measure."""
+    found: set[int] = set()
+    for start in range(0, len(task_ids), 500):
+        these = (tasks.c.project_id == project_id, tasks.c.task_id.in_(task_ids[start : start + 500]))
+        query = select(tasks.c.task_id).where(*these, tasks.c.holdout.is_(True))
+        found |= set(connection.execute(query).scalars().all())
+    return found

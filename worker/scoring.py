@@ -6,28 +6,36 @@ import io
 import json
 import logging
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 from sqlalchemy import Connection, Row, bindparam, delete, func, insert, select, update
 
 from worker import steps
+from worker.artifacts import round_key
 from worker.boxes import LabelMap
-from worker.label_studio import prediction
+from worker.errors import LabelStudioRefused, PublishIncomplete
+from worker.label_studio import prediction, published_score
 from worker.services import Services
 from worker.store import (
     get_project,
     insert_or_ignore,
     labelled_task_ids,
+    open_round_of,
     scores,
     tasks,
     write_rows,
 )
 from worker.work import MEASURES, Work
 
+if TYPE_CHECKING:
+    from worker.model import LateScore
+
 log = logging.getLogger(__name__)
 
-LATE_AT_ONCE = 512
+LATE_AT_ONCE = 256  # Label Studio checks 500 at a time, so that a refusal means that none was taken
+LATE_CHUNK = 32
 LATE_SHARD = -1
 
 
@@ -62,22 +70,21 @@ def score_one_shard(work: Work) -> None:
     scorer = SCORERS.get(own, work.project, work.round)
     found = list(scorer.score(images, lambda done: work.progress("scoring", done=before + done, total=total)))
     usable = [score for score in found if score.embedding is not None]
+    row_of = {score.task_id: row for row, score in enumerate(usable)}
+    rows = [{"of": score.task_id, **score_columns(score), "row": row_of.get(score.task_id)} for score in found]
+    work.lease.hold()  # a worker that slept through its lease must not write over its successor
     if usable:
         buffer = io.BytesIO()
         np.save(buffer, np.stack([score.embedding for score in usable if score.embedding is not None]))
         own.artifacts.put(work.key(f"embeddings-{shard:05d}.npy"), buffer.getvalue())
-    row_of = {score.task_id: row for row, score in enumerate(usable)}
+    these = (scores.c.round_id == work.round.id, scores.c.task_id == bindparam("of"))
+    write_rows(own.store, update(scores).where(*these), rows)
+    with own.store.write() as connection:
+        note_problems(connection, work.project.id, {score.task_id: score.problem for score in found})
 
     def then(connection: Connection) -> None:
         steps.add(connection, work.round.id, "publish")
 
-    with own.store.write() as connection:
-        if found:
-            connection.execute(
-                update(scores).where(scores.c.round_id == work.round.id, scores.c.task_id == bindparam("of")),
-                [{"of": score.task_id, **score_columns(score), "row": row_of.get(score.task_id)} for score in found],
-            )
-        note_problems(connection, work.project.id, {score.task_id: score.problem for score in found})
     steps.finish(work.lease, then)
 
 
@@ -116,83 +123,151 @@ def note_problems(connection: Connection, project_id: int, problems: Mapping[int
         )
 
 
+def stored_predictions(
+    connection: Connection, project: Row[Any], task_ids: Sequence[int]
+) -> dict[int, dict[str, Any]]:
+    """What is published for these tasks, by task id: result, score, model_version. The holdout gets no boxes."""
+    found: dict[int, dict[str, Any]] = {}
+    for start in range(0, len(task_ids), 500):
+        query = (
+            select(scores.c.task_id, scores.c.regions, scores.c.published_score, tasks.c.holdout)
+            .join(tasks, (tasks.c.task_id == scores.c.task_id) & (tasks.c.project_id == project.id))
+            .where(scores.c.round_id == project.published_round_id)
+            .where(scores.c.task_id.in_(task_ids[start : start + 500]), scores.c.published_score.is_not(None))
+        )
+        for row in connection.execute(query):
+            one = prediction(
+                row.task_id, row.regions, row.published_score, project.published_version, bool(row.holdout)
+            )
+            found[row.task_id] = {name: one[name] for name in ("result", "score", "model_version")}
+    return found
+
+
+def holdout_embeddings(own: Services, project_id: int, round_row: Row[Any]) -> NDArray[np.float32]:
+    """(H, D): of the holdout images a round scored."""
+    query = (
+        select(scores.c.shard, scores.c.row)
+        .join(tasks, (tasks.c.task_id == scores.c.task_id) & (tasks.c.project_id == project_id))
+        .where(scores.c.round_id == round_row.id, scores.c.row.is_not(None), tasks.c.holdout.is_(True))
+        .where(scores.c.shard >= 0)
+        .order_by(scores.c.shard, scores.c.row)
+    )
+    with own.store.read() as connection:
+        places = [(int(row.shard), int(row.row)) for row in connection.execute(query)]
+    found = []
+    for shard in sorted({shard for shard, _ in places}):
+        embeddings = shard_embeddings(own, project_id, round_row.number, shard)
+        found.append(embeddings[[row for other, row in places if other == shard]])
+    return np.concatenate(found) if found else np.zeros((0, 1), np.float32)
+
+
+def shard_embeddings(own: Services, project_id: int, number: int, shard: int) -> NDArray[np.float32]:
+    """(n, D): of the images of one shard that could be read, in the order of `scores.row`."""
+    content = own.artifacts.get(round_key(project_id, number, f"embeddings-{shard:05d}.npy"))
+    found: NDArray[np.float32] = np.load(io.BytesIO(content), allow_pickle=False)
+    return found
+
+
 def score_alone(own: Services, project_id: int, images: Sequence[tuple[int, str]]) -> list[dict[str, Any]]:
+    """Predictions of the published version for tasks outside its shards: made, remembered, and returned."""
     from worker.model import HardfirstModel
 
     with own.store.read() as connection:
         project = get_project(connection, project_id)
     key = LabelMap.from_config(project.label_config).image_key
     model = HardfirstModel(project.label_config, services=own)
-    answers = model.predict([{"id": task_id, "project": project_id, "data": {key: image}} for task_id, image in images])
+    tasks_given = [{"id": task_id, "project": project_id, "data": {key: image}} for task_id, image in images]
+    answers, late = model.predict_and_score(project, tasks_given)
     if project.published_round_id is not None:
-        _keep_answers(own, project, [task_id for task_id, _ in images], answers)
+        _keep(own, project, late)
     return answers
 
 
-def _keep_answers(own: Services, project: Row[Any], task_ids: Sequence[int], answers: Sequence[dict[str, Any]]) -> None:
+def _keep(own: Services, project: Row[Any], late: Sequence[LateScore]) -> None:
+    """Rows of tasks scored alone. A task of somebody's invention leaves no trace."""
     rows = [
         {
             "round_id": project.published_round_id,
-            "task_id": task_id,
+            "task_id": one.score.task_id,
             "shard": LATE_SHARD,
-            **{name: answer.get("measures", {}).get(name) for name in MEASURES},
-            "utility": answer.get("utility", 0.0),
-            "published_score": answer["score"],
-            "regions": json.dumps(answer["result"]),
-            "n_boxes": len(answer["result"]),
-            "problem": answer.get("problem"),
+            **score_columns(one.score),
+            "utility": one.utility,
+            "published_score": published_score(None, one.utility, 1),
             "sent": False,
         }
-        for task_id, answer in zip(task_ids, answers, strict=True)
-        if answer["model_version"] == project.published_version
+        for one in late
     ]
+    problems = {one.score.task_id: one.score.problem for one in late}
     with own.store.write() as connection:
-        known = connection.execute(
-            select(tasks.c.task_id).where(tasks.c.project_id == project.id, tasks.c.task_id.in_(task_ids))
-        )
-        ours = set(known.scalars().all())  # a task of somebody's invention leaves no trace
+        query = select(tasks.c.task_id).where(tasks.c.project_id == project.id, tasks.c.task_id.in_(list(problems)))
+        ours = set(connection.execute(query).scalars().all())
         insert_or_ignore(connection, scores, [row for row in rows if row["task_id"] in ours])
-        note_problems(
-            connection, project.id, {row["task_id"]: row["problem"] for row in rows if row["task_id"] in ours}
-        )
+        note_problems(connection, project.id, {key: problem for key, problem in problems.items() if key in ours})
+        twins = [{"of": one.score.task_id} for one in late if one.twin and one.score.task_id in ours]
+        if twins:
+            row = (tasks.c.project_id == project.id, tasks.c.task_id == bindparam("of"), tasks.c.holdout.is_not(True))
+            connection.execute(update(tasks).where(*row).values(twin=True), twins)
 
 
-def score_late(own: Services, project: Row[Any]) -> None:
+def score_late(own: Services, project_id: int) -> None:
     """Tasks imported after the round was planned: scored alone, slotted into the order that is served.
 
     Also sends what a live prediction scored too late for Label Studio to wait for.
     """
     with own.store.read() as connection:
-        project = get_project(connection, project.id)
+        project = get_project(connection, project_id)
         scored = select(scores.c.task_id).where(scores.c.round_id == project.published_round_id)
         query = (
             select(tasks.c.task_id, tasks.c.image)
-            .where(tasks.c.project_id == project.id, ~tasks.c.deleted, tasks.c.image != "")
-            .where(tasks.c.task_id.not_in(scored), tasks.c.task_id.not_in(labelled_task_ids(project.id)))
+            .where(tasks.c.project_id == project_id, ~tasks.c.deleted, tasks.c.image != "")
+            .where(tasks.c.task_id.not_in(scored), tasks.c.task_id.not_in(labelled_task_ids(project_id)))
             .limit(LATE_AT_ONCE)
         )
         late = [(int(row.task_id), str(row.image)) for row in connection.execute(query)]
-    if late:
-        score_alone(own, project.id, late)
+    for start in range(0, len(late), LATE_CHUNK):  # what is done is kept, should the job's time run out
+        score_alone(own, project_id, late[start : start + LATE_CHUNK])
+    _send_late(own, project_id)
+
+
+def _send_late(own: Services, project_id: int) -> None:
+    """To Label Studio what it does not have yet, under the version that is served now."""
     with own.store.read() as connection:
+        project = get_project(connection, project_id)
         query = (
             select(scores.c.task_id, scores.c.regions, scores.c.published_score, tasks.c.holdout)
-            .join(tasks, (tasks.c.task_id == scores.c.task_id) & (tasks.c.project_id == project.id))
+            .join(tasks, (tasks.c.task_id == scores.c.task_id) & (tasks.c.project_id == project_id))
             .where(scores.c.round_id == project.published_round_id, scores.c.shard == LATE_SHARD, ~scores.c.sent)
+            .where(~tasks.c.deleted, tasks.c.task_id.not_in(labelled_task_ids(project_id)))
+            .limit(LATE_AT_ONCE)
         )
-        unsent = connection.execute(query).all()
+        rows = connection.execute(query).all()
+        busy = open_round_of(connection, project_id)
+    if not rows or (busy is not None and busy.state == "publishing"):
+        return  # a new version is on its way: these wait for it
     version = str(project.published_version)
-    own.label_studio.import_predictions(
-        project.id,
-        [prediction(row.task_id, row.regions, row.published_score, version, bool(row.holdout)) for row in unsent],
-    )
-    if unsent:  # a version is served from its first prediction on: a round that emptied the pool had none
-        own.label_studio.publish_version(project.id, version)
-    mark_sent(own, project.published_round_id, [row.task_id for row in unsent])
+    unsent = [prediction(row.task_id, row.regions, row.published_score, version, bool(row.holdout)) for row in rows]
+    _import_late(own, project, unsent)
+
+
+def _import_late(own: Services, project: Row[Any], unsent: Sequence[Mapping[str, Any]]) -> None:
+    """In one request; when it is refused, in halves, so that one bad row keeps no other from its place."""
+    task_ids = [int(one["task"]) for one in unsent]
+    try:
+        own.label_studio.import_predictions(project.id, unsent)
+    except PublishIncomplete as incomplete:  # the rest is there: sent again, it would be there twice
+        log.warning("project %s: %s", project.id, incomplete)
+    except LabelStudioRefused as refused:
+        if len(unsent) > 1:
+            half = len(unsent) // 2
+            _import_late(own, project, unsent[:half])
+            _import_late(own, project, unsent[half:])
+            return
+        log.warning("project %s: task %s cannot be given a score: %s", project.id, task_ids[0], refused)
+    mark_sent(own, project.published_round_id, task_ids)
 
 
 def mark_sent(own: Services, round_id: int, task_ids: Sequence[int]) -> None:
-    """Label Studio has these late predictions."""
+    """Label Studio has these late predictions, or will never take them."""
     if not task_ids:
         return
     with own.store.write() as connection:

@@ -56,10 +56,6 @@ class Services:
     def ultralytics_dir(self) -> Path:
         return self.settings.data_dir.resolve() / "ultralytics"
 
-    def round_dir(self, project_id: int, number: int) -> Path:
-        """Scratch of one round on this host: its dataset and its training run."""
-        return self.settings.data_dir.resolve() / "work" / f"p{project_id}-r{number:06d}"
-
 
 def from_environment(role: Literal["web", "worker"]) -> Services:
     """

@@ -43,6 +43,7 @@ class Settings(BaseSettings):
     )
     data_dir: Path = Field(Path("hardfirst-data"), description="Folder for the store, the queue's file and artifacts.")
     artifacts_url: str = Field("", description="fsspec URL for weights and embeddings. Empty: a folder in data_dir.")
+    url: str = Field("", description="Where Label Studio reaches the backend. Empty: as its requests say.")
     host: str = Field("127.0.0.1", description="Address the backend listens on.")
     port: int = Field(9090, ge=0, le=65535, description="Port the backend listens on.")
     user: str = Field("", description="With HARDFIRST_PASSWORD: basic auth on everything but /health.")
@@ -55,7 +56,7 @@ class Settings(BaseSettings):
     shard_size: int = Field(256, ge=1, description="Images scored by one job.")
     reconcile_seconds: int = Field(60, ge=1, description="How often Label Studio is asked for what webhooks missed.")
 
-    @field_validator("label_studio_url")
+    @field_validator("label_studio_url", "url")
     @classmethod
     def _no_slash(cls, value: str) -> str:
         return value.rstrip("/")

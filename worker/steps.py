@@ -129,6 +129,16 @@ class Lease:
         if self.fenced.is_set():
             raise JobFenced(f"step {self.step_id} ({self.kind}), attempt {self.attempt}: cancelled or replaced")
 
+    def hold(self) -> None:
+        """`check`, by asking the database: before what cannot be taken back.
+
+        Raises:
+            JobFenced: as `check`.
+        """
+        if not self.renew():
+            self.fenced.set()
+        self.check()
+
     def mine(self) -> tuple[Any, ...]:
         """Conditions that hold only while this attempt owns the step: for every write the body makes."""
         return (steps.c.id == self.step_id, steps.c.attempt == self.attempt, steps.c.state == "running")

@@ -87,6 +87,8 @@ tasks = Table(
     Column("seen_round_id", Integer),  # the first round whose dataset had it
     Column("image_problem", Text),
     Column("deleted", Boolean, nullable=False, default=False),
+    # A near-duplicate of a holdout image that came after the splits were drawn: never trained on.
+    Column("twin", Boolean, nullable=False, default=False),
 )
 
 task_annotations = Table(

@@ -52,9 +52,12 @@ def _sync_tasks(own: Services, project_id: int, image_key: str) -> None:
         with own.store.write() as connection:
             rounds.remember_tasks(connection, project_id, images)
             _note_missing_images(connection, project_id, images, image_key)
+    # Tasks deleted while the pages were read move the others: a page may have missed some that are there.
+    is_whole = len(present) == int(own.label_studio.project(project_id).get("task_number") or 0)
     with own.store.write() as connection:
         rounds.declare_holdout(connection, project_id, declared)
-        rounds.forget_missing_tasks(connection, project_id, present)
+        if is_whole:
+            rounds.forget_missing_tasks(connection, project_id, present)
 
 
 def _sync_annotations(own: Services, project_id: int) -> None:

@@ -205,8 +205,8 @@ def test_new_tasks_ask_for_a_reconcile_and_deleted_ones_are_not_served(client: T
 
 
 def ask(client: TestClient, *task_ids: int) -> Any:
-    body = {"tasks": [{"id": task_id, "data": {"image": "/data/upload/x.jpg"}} for task_id in task_ids], "project": "1.5"}
-    answer = client.post("/predict", json=body)
+    asked = [{"id": task_id, "data": {"image": "/data/upload/x.jpg"}} for task_id in task_ids]
+    answer = client.post("/predict", json={"tasks": asked, "project": "1.5"})
     assert answer.status_code == 200, answer.text
     return answer.json()["results"]
 
@@ -314,8 +314,8 @@ BAD_BODIES: list[tuple[str, Any, str]] = [  # path, body (bytes: as it is), what
     ("/webhook", annotation(1, 1, updated_at="2" * 65), "updated_at"),
     ("/webhook", annotation(1, 1, updated_at="\ud800"), ""),
     ("/webhook", annotation(1, 1, lead_time=-1), "lead_time"),
-    ("/webhook", b'{"action":"ANNOTATION_CREATED","project":{"id":1},"annotation":{"id":1,"task":1,"lead_time":NaN}}', "lead"),
-    ("/webhook", b'{"action":"ANNOTATION_CREATED","project":{"id":1},"annotation":{"id":1,"task":1,"lead_time":1e999}}', ""),
+    ("/webhook", b'{"action":"A","project":{"id":1},"annotation":{"id":1,"task":1,"lead_time":NaN}}', "lead_time"),
+    ("/webhook", b'{"action":"A","project":{"id":1},"annotation":{"id":1,"task":1,"lead_time":1e999}}', "lead_time"),
     ("/webhook", {"action": "ANNOTATIONS_DELETED", "annotations": [{}], "project": {"id": 1}}, "annotations"),
     ("/webhook", {"action": "ANNOTATIONS_DELETED", "annotations": None, "project": {"id": 1}}, "annotations"),
     ("/webhook", {"action": "TASKS_DELETED", "tasks": [{"id": 1.5}], "project": {"id": 1}}, "tasks"),
@@ -385,8 +385,21 @@ def test_a_page_of_another_site_may_change_nothing(client: TestClient) -> None:
         assert answer.json()["error"] == "BadRequest"
         assert "may not send this" in answer.json()["detail"]
     assert content(client) == before
-    assert client.post("/webhook", json=annotation(1, 1), headers={"origin": "http://testserver"}).status_code == 200
+    same = {"origin": "http://localhost:9090", "host": "localhost:9090"}
+    assert client.post("/webhook", json=annotation(1, 1), headers=same).status_code == 200
     assert client.get("/health", headers={"origin": "http://evil.example"}).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [("evil.example:9090", 400), ("[", 400), ("localhost:9090", 200), ("127.0.0.1:9090", 200), ("[::1]:9090", 200)],
+)
+def test_a_name_that_was_rebound_to_us_shows_a_browser_nothing(client: TestClient, host: str, status: int) -> None:
+    browser = {"host": host, "user-agent": "Mozilla/5.0"}
+    assert client.get("/api/projects", headers=browser).status_code == status
+    server = {"host": "backend:9090", "user-agent": "heartex/1.23.2"}
+    assert client.get("/health", headers=server).status_code == 200
+
 
 
 def test_a_guarded_backend_lets_in_who_knows_the_password(settings: Settings) -> None:
@@ -468,7 +481,8 @@ def content_of_steps(client: TestClient) -> list[str]:
 
 @pytest.mark.parametrize("module", ["backend.app", "worker.queue", "worker.jobs", "backend.cli"])
 def test_importing_loads_no_torch(module: str) -> None:
-    code = f"import sys, {module}; print(sorted(sys.modules.keys() & {{'torch', 'ultralytics', 'label_studio_ml', 'cv2'}}))"
+    heavy = {"torch", "ultralytics", "label_studio_ml", "cv2"}
+    code = f"import sys, {module}; print(sorted(sys.modules.keys() & {heavy}))"
     done = subprocess.run(
         [sys.executable, "-c", code],
         env={**os.environ, "PYTHONPATH": str(REPOSITORY)},

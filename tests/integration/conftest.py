@@ -396,7 +396,8 @@ def a_free_port() -> int:
 @pytest.fixture(scope="session")
 def second_token(label_studio: LabelStudioServer) -> str:
     """A second annotator's token."""
-    return create_annotator(label_studio.url, label_studio.token, f"second-{os.getpid()}@example.com", ANNOTATOR_PASSWORD)
+    email = f"second-{os.getpid()}@example.com"
+    return create_annotator(label_studio.url, label_studio.token, email, ANNOTATOR_PASSWORD)
 
 
 class Line:

@@ -85,7 +85,8 @@ def test_the_holdout_is_shown_without_boxes_once_the_model_draws_some(stage: Any
     assert {len(shown[task_id][0]["result"]) for task_id in holdout} == {0}
     pool = [task_id for task_id, found in shown.items() if found and task_id not in holdout]
     assert len(pool) == 12 - 2 - 4
-    assert sum(len(shown[task_id][0]["result"]) for task_id in pool) > 0  # it does draw: a threshold of 0.001 lets all through
+    # it does draw: a threshold of 0.001 lets everything through
+    assert sum(len(shown[task_id][0]["result"]) for task_id in pool) > 0
     assert {found["model_version"] for predictions in project.predictions().values() for found in predictions} == {
         "al-000001"
     }  # the version before was purged

@@ -96,7 +96,9 @@ def test_an_empty_project_waits_and_goes_on_after_the_import(stage: Any) -> None
     project.connect(SMALL)
     stage.work()
     assert stage.round(project, 0).state == "attaching"
-    assert stage.row(project).problem == "The project has no tasks yet. Import images; the first batch follows by itself."
+    assert stage.row(project).problem == (
+        "The project has no tasks yet. Import images; the first batch follows by itself."
+    )
     project.add_images(range(6))
     stage.make_due()
     stage.work()

@@ -34,7 +34,8 @@ def test_labels_no_webhook_brought_are_found(lost: str, stage: Any, serve: Calla
         serve.stop()  # type: ignore[attr-defined]
     elif lost == "webhook disabled":
         (hook,) = project.webhooks()
-        assert project.api.patch(f"/api/webhooks/{hook['id']}/", json={"url": hook["url"], "is_active": False}).is_success
+        off = {"url": hook["url"], "is_active": False}
+        assert project.api.patch(f"/api/webhooks/{hook['id']}/", json=off).is_success
     else:
         without_webhook(project)
     chosen = for_training(stage, project)

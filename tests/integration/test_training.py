@@ -78,9 +78,8 @@ def test_images_that_cannot_be_read_are_left_out_with_their_reason(stage: Any) -
     whole = io.BytesIO()
     Image.effect_noise((96, 96), 60).convert("RGB").save(whole, "JPEG")
     cut = project.uploaded(whole.getvalue()[: len(whole.getvalue()) // 2], "cut.jpg")
-    broken = project.import_tasks(
-        [{"data": {"image": cut}}, {"data": {"image": f"/data/upload/{project.id}/nosuch.jpg"}}, {"data": {"image": ""}}]
-    )
+    images = (cut, f"/data/upload/{project.id}/nosuch.jpg", "")
+    broken = project.import_tasks([{"data": {"image": image}} for image in images])
     project.connect(
         {"weights": "yolo11n.yaml", "epochs": 1, "imgsz": 64, "batch_size": 4, "holdout_size": 0, "labels_per_round": 4}
     )

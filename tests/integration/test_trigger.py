@@ -131,7 +131,7 @@ def test_a_round_without_any_label_fails_in_words_and_the_batch_stays(stage: Any
 
 
 def test_an_empty_pool_ends_the_loop_without_an_error(stage: Any) -> None:
-    """The last labels never reach labels_per_round: a round opens for them all the same, and there is nothing to publish."""
+    """The last labels never reach labels_per_round: a round opens all the same, and there is nothing to publish."""
     project = stage.connected(6, labels_per_round=1000)
     for task_id in project.task_ids():
         project.label(task_id)

@@ -15,6 +15,7 @@ def _random_pool(size: int = 30, width: int = 4, labelled: int = 3, seed: int = 
         "uncertainty": {name: rng.random(size) for name in MEASURE_NAMES},
         "embeddings": rng.normal(size=(size, width)),
         "labelled_embeddings": rng.normal(size=(labelled, width)),
+        "disagreement": rng.random(size),
     }
     return Pool.build(**(values | fields))
 

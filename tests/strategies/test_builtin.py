@@ -89,6 +89,34 @@ def test_hybrid_leaves_near_duplicates_out_unless_told(make_pool):
     assert run_strategy("hybrid", pool, 3).positions.tolist() == [0, 2, 1]
 
 
+def test_committee_is_the_hybrid_of_disagreement(monkeypatch):
+    # as test_hybrid_by_hand: diversity 0 .25 .5 1; disagreements up to 1.6 are divided by it: .25 1 .5 0
+    scale = KMeansScale(np.array([[0.0], [10.0]]), 0.0, 4.0)
+    monkeypatch.setattr(builtin, "fit_kmeans", lambda embeddings, n_clusters: scale)
+    pool = Pool.build(range(4), {}, [[0.0], [1], [2], [14]], disagreement=[0.4, 1.6, 0.8, 0.0])
+    selection = run_strategy("committee", pool, 2)
+    assert selection.parts["uncertainty"].tolist() == [0.25, 1, 0.5, 0]
+    assert selection.parts["diversity"].tolist() == [0, 0.25, 0.5, 1]
+    assert selection.utilities == pytest.approx([0.175, 0.775, 0.5, 0.3])
+    assert selection.positions.tolist() == [1, 2]
+    assert selection.late["uncertainty_scale"] == 1.6
+    alone = run_strategy("committee", pool, 4, alpha=1.0, beta=0.0)
+    assert alone.utilities.tolist() == [0.25, 1, 0.5, 0]
+    assert alone.positions.tolist() == [1, 2, 0, 3]
+
+
+def test_committee_without_a_committee_is_refused(make_pool):
+    with pytest.raises(PoolInvalid, match=r"Set committee_size \(at least 3\)"):
+        run_strategy("committee", make_pool(disagreement=None), 3)
+    assert len(run_strategy("hybrid", make_pool(disagreement=None), 3).positions) == 3  # nobody else needs one
+
+
+def test_committee_leaves_near_duplicates_out(make_pool):
+    pool = make_pool(3, disagreement=[0.9, 0.8, 0.1], embeddings=np.eye(3), duplicate_groups=[0, 0, 1])
+    assert run_strategy("committee", pool, 2).positions.tolist() == [0, 2]
+    assert run_strategy("committee", pool, 2, suppress_duplicates=False).positions.tolist() == [0, 1]
+
+
 def test_k_center_utilities_by_hand():
     pool = Pool.build(range(5), {}, [[0.0], [1], [2], [3], [10]], [[9.0]])
     selection = run_strategy("k_center", pool, 2)

@@ -73,6 +73,7 @@ def test_shuffled_rows_give_the_same_images(name):
         "embeddings": rng.normal(size=(40, 4)),
         "duplicate_groups": rng.integers(0, 25, 40),
         "duplicates_of_labelled": rng.random(40) < 0.1,
+        "disagreement": rng.random(40).round(1),
     }
     measures = {measure: rng.random(40).round(1) for measure in MEASURE_NAMES}  # rounded: ties
     chosen = []
@@ -86,7 +87,7 @@ def test_shuffled_rows_give_the_same_images(name):
 
 def test_an_empty_pool_gives_an_empty_selection(name):
     for embeddings, labelled in (([], None), (np.zeros((0, 4)), np.ones((2, 4)))):
-        pool = Pool.build([], {measure: [] for measure in MEASURE_NAMES}, embeddings, labelled)
+        pool = Pool.build([], {measure: [] for measure in MEASURE_NAMES}, embeddings, labelled, disagreement=[])
         selection = select(name, pool)
         assert selection.positions.tolist() == []
         assert selection.utilities.tolist() == []
@@ -94,13 +95,14 @@ def test_an_empty_pool_gives_an_empty_selection(name):
 
 def test_exact_duplicates_and_all_equal_values(name):
     measures = {measure: np.full(8, 1.0) for measure in MEASURE_NAMES}
-    pool = Pool.build(np.arange(8), measures, np.full((8, 3), 0.1), np.full((2, 3), 0.1))
+    pool = Pool.build(np.arange(8), measures, np.full((8, 3), 0.1), np.full((2, 3), 0.1), np.full(8, 1.0))
     assert_contract(name, pool, select(name, pool, 5), 5)
     assert_contract(name, pool, select(name, pool, 99), 99)
 
 
 def test_all_certain_and_zero_embeddings(name):
-    pool = Pool.build(np.arange(4), {measure: np.zeros(4) for measure in MEASURE_NAMES}, np.zeros((4, 2)))
+    measures = {measure: np.zeros(4) for measure in MEASURE_NAMES}
+    pool = Pool.build(np.arange(4), measures, np.zeros((4, 2)), disagreement=np.zeros(4))
     assert_contract(name, pool, select(name, pool, 3), 3)
 
 
@@ -109,13 +111,16 @@ def test_one_image(name, make_pool):
 
 
 def test_uncertainty_beyond_one_is_rescaled(name, make_pool):
-    pool = make_pool(20, uncertainty={measure: np.linspace(0, 12, 20) for measure in MEASURE_NAMES})
+    values = np.linspace(0, 12, 20)
+    pool = make_pool(20, uncertainty={measure: values for measure in MEASURE_NAMES}, disagreement=values)
     assert_contract(name, pool, select(name, pool), 5)
 
 
-@pytest.mark.parametrize("column", ["embeddings", "labelled_embeddings", "uncertainty"])
+@pytest.mark.parametrize("column", ["embeddings", "labelled_embeddings", "uncertainty", "disagreement"])
 def test_nan_is_refused(name, column, make_pool):
-    bad = {"uncertainty": {measure: [0.5, np.nan] for measure in MEASURE_NAMES}}.get(column, [[0.5, np.nan]] * 2)
+    vector = [0.5, np.nan]
+    bad = {"uncertainty": {measure: vector for measure in MEASURE_NAMES}, "disagreement": vector}
+    bad = bad.get(column, [vector] * 2)
     with pytest.raises(PoolInvalid, match="NaN"):
         select(name, make_pool(2, 2, **{column: bad}))
 
@@ -146,9 +151,11 @@ def test_suppression_keeps_groups_and_labelled_out(name, make_pool):
 
 
 def test_late_images_on_the_scale_of_the_selection(name, make_pool):
-    pool = make_pool(40, uncertainty={measure: np.linspace(0.1, 3, 40) for measure in MEASURE_NAMES})
+    values = np.linspace(0.1, 3, 40)
+    pool = make_pool(40, uncertainty={measure: values for measure in MEASURE_NAMES}, disagreement=values)
+    scores = {**pool.uncertainty, "disagreement": pool.disagreement}
     selection = select(name, pool, 6)
-    again = late_utility(name, selection.late, pool.uncertainty, pool.embeddings)
+    again = late_utility(name, selection.late, scores, pool.embeddings)
     assert again.shape == (40,)
     outside = np.delete(np.arange(40), selection.positions)
     if name == "random":
@@ -157,7 +164,7 @@ def test_late_images_on_the_scale_of_the_selection(name, make_pool):
         rows = outside if name in GREEDY else np.arange(40)
         assert again[rows] == pytest.approx(selection.utilities[rows], abs=1e-5)
     one_by_one = [
-        late_utility(name, selection.late, {m: v[[i]] for m, v in pool.uncertainty.items()}, pool.embeddings[[i]])[0]
+        late_utility(name, selection.late, {m: v[[i]] for m, v in scores.items()}, pool.embeddings[[i]])[0]
         for i in range(5)
     ]
     assert one_by_one == pytest.approx(again[:5], abs=1e-6)
@@ -165,12 +172,12 @@ def test_late_images_on_the_scale_of_the_selection(name, make_pool):
 
 def test_late_images_stay_in_bounds(name, make_pool):
     selection = select(name, make_pool(20))
-    far = {measure: np.array([0.0, 50.0]) for measure in MEASURE_NAMES}
+    far = {score: np.array([0.0, 50.0]) for score in (*MEASURE_NAMES, "disagreement")}
     values = late_utility(name, selection.late, far, np.array([[1e4] * 4, [0.0] * 4]))
     assert values.min() >= 0
     assert values.max() <= 1
-    assert late_utility(name, selection.late, {m: [] for m in MEASURE_NAMES}, []).tolist() == []
-    empty = select(name, Pool.build([], {measure: [] for measure in MEASURE_NAMES}, []))
+    assert late_utility(name, selection.late, {score: [] for score in far}, []).tolist() == []
+    empty = select(name, Pool.build([], {measure: [] for measure in MEASURE_NAMES}, [], disagreement=[]))
     assert np.isfinite(late_utility(name, empty.late, far, np.ones((2, 4)))).all()
 
 
@@ -190,6 +197,7 @@ def test_any_pool(name, embeddings, labelled, batch_size, seed, data):
         {measure: data.draw(values) for measure in MEASURE_NAMES},
         embeddings,
         labelled,
+        disagreement=data.draw(values),
         duplicate_groups=data.draw(hnp.arrays(np.int64, size, elements=st.integers(0, 4))),
         duplicates_of_labelled=data.draw(hnp.arrays(np.bool_, size)),
     )

@@ -29,6 +29,17 @@ def test_hybrid_mixes_with_the_options_of_its_selection():
     assert late_utility("hybrid", *arguments, {"measure": "entropy"}) == pytest.approx([0.7 + 0.3 * 0.25])
 
 
+def test_committee_mixes_the_disagreement_of_late_images():
+    late = {"centroids": [[0.0]], "distance_low": 0.0, "distance_high": 4.0, "uncertainty_scale": 2.0}
+    scores = {"least_confidence": [0.9, 0.9], "disagreement": [1.0, 9.0]}
+    assert late_utility("committee", late, scores, [[1.0], [4.0]]) == pytest.approx([0.7 * 0.5 + 0.3 * 0.25, 1.0])
+    assert late_utility("committee", late, scores, [[1.0], [4.0]], {"alpha": 1, "beta": 0}).tolist() == [0.5, 1.0]
+    with pytest.raises(InputInvalid, match="no 'disagreement': they were scored without the committee"):
+        late_utility("committee", late, {"least_confidence": [0.9]}, [[1.0]])
+    with pytest.raises(InputInvalid, match="disagreement has 1 values, but there are 2 rows"):
+        late_utility("committee", late, {"disagreement": [0.9]}, [[1.0], [2.0]])
+
+
 def test_greedy_walks_put_late_images_behind_the_batch():
     late = {"anchors": [[0.0], [10.0]], "distance_high": 4.0}
     assert late_utility("k_center", late, {}, [[0.0], [2.0], [100.0]]) == pytest.approx([0, 0.25, 0.5])

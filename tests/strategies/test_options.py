@@ -20,6 +20,7 @@ def test_every_strategy_has_options_and_a_late_rule():
         "coverage",
         "hybrid",
         "hybrid_coverage",
+        "committee",
     }
 
 
@@ -33,9 +34,13 @@ def test_hybrid_defaults():
     }
 
 
+def test_committee_defaults():
+    assert strategy_options("committee") == {"alpha": 0.7, "beta": 0.3, "n_clusters": 50, "suppress_duplicates": True}
+
+
 def test_only_the_hybrids_suppress_by_default():
     suppressing = {name for name in STRATEGIES if strategy_options(name)["suppress_duplicates"]}
-    assert suppressing == {"hybrid", "hybrid_coverage"}
+    assert suppressing == {"hybrid", "hybrid_coverage", "committee"}
 
 
 @pytest.mark.parametrize("name", STRATEGIES)
@@ -64,6 +69,8 @@ def test_values_become_plain_python():
         ("hybrid", {"alpha": True}, "'alpha' must be a number, got True"),
         ("hybrid", {"alpha": None}, "'alpha' must be a number"),
         ("hybrid", {"alpha": 0, "beta": 0.0}, "both 0"),
+        ("committee", {"alpha": 0, "beta": 0.0}, "both 0"),
+        ("committee", {"measure": "entropy"}, "'committee' has no option 'measure'"),
         ("kmeans", {"n_clusters": 0}, "from 1 to 10000"),
         ("kmeans", {"n_clusters": 5.0}, "whole number"),
         ("hybrid", {"measure": "entropi"}, "Did you mean 'entropy'"),

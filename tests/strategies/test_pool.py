@@ -113,6 +113,12 @@ def test_a_missing_measure_is_named():
         Pool.build(**ROWS).uncertainty_of("entropy")
 
 
+def test_a_missing_disagreement_says_what_to_set():
+    assert Pool.build(**ROWS).committee_disagreement().tolist() == [1, 2, 3]
+    with pytest.raises(PoolInvalid, match=r"no disagreement.*Set committee_size \(at least 3\) in the project's settings"):
+        Pool.build(**ROWS | {"disagreement": None}).committee_disagreement()
+
+
 @pytest.mark.parametrize(
     ("positions", "utilities", "parts", "sentence"),
     [

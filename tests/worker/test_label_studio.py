@@ -133,8 +133,8 @@ def answering() -> Iterator[Callable[[int, bytes], str]]:
 @pytest.mark.parametrize(
     ("status", "body", "error", "sentence"),
     [
-        (401, b"{}", LabelStudioRefused, "LABEL_STUDIO_API_KEY is not valid"),
-        (403, b"{}", LabelStudioRefused, "may not change this project"),
+        (401, b"{}", CredentialsMissing, "LABEL_STUDIO_API_KEY is not valid"),
+        (403, b"{}", CredentialsMissing, "may not change this project"),
         (404, b"{}", NotFound, r"Label Studio has no /api/projects/7/ \(404\)"),
         (400, b'{"detail": "no"}', LabelStudioRefused, "Label Studio answered 400 to GET"),
         (429, b"", LabelStudioUnavailable, "Label Studio answered 429"),

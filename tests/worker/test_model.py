@@ -18,7 +18,7 @@ from worker.artifacts import round_key
 from worker.errors import BadRequest, LabelStudioUnavailable, NotFound
 from worker.services import Services
 from worker.settings import ProjectSettings, Settings
-from worker.store import projects
+from worker.store import get_project, projects
 from worker.store import rounds as round_rows
 
 CONFIG = (
@@ -85,8 +85,11 @@ def test_each_task_gets_its_own_answer_and_a_broken_image_costs_only_itself(own:
     assert [answer["result"] for answer in answers] == [[]] * 5
     # without a detector every image is as uncertain as can be: 1 of a scale of 2
     assert [answer["score"] for answer in answers] == pytest.approx([0.75, 1.0, 1.0, 0.75, 1.0])
-    assert answers[0]["measures"] == dict.fromkeys(MEASURES, 1.0)
-    assert answers[0]["utility"] == pytest.approx(0.5)
+    with own.store.read() as connection:
+        project = get_project(connection, 7)
+    _, (late,) = HardfirstModel(CONFIG, services=own).predict_and_score(project, asked[:1])
+    assert late.score.measures == dict.fromkeys(MEASURES, 1.0)
+    assert (late.utility, late.twin) == (pytest.approx(0.5), False)
     problems = [answer.get("problem") for answer in answers]
     assert problems[0] is None
     assert problems[3] is None

@@ -101,21 +101,32 @@ def test_new_settings_reach_a_first_round_that_has_not_begun_and_no_other(store:
         assert rounds.settings_of(get_project(connection, 7)).batch_size == 6
 
 
-@pytest.mark.parametrize("state", ["failed", "cancelled"])
-def test_a_first_round_that_did_not_end_well_begins_again(store: Store, state: str) -> None:
+def test_a_first_round_that_failed_begins_again_when_something_changed(store: Store) -> None:
     with store.write() as connection:
         rounds.connect_project(connection, 7, CONFIG, ProjectSettings(), URL)
-        end_round(connection, state, "nosuch.pt is not there")
+        end_round(connection, "failed", "nosuch.pt is not there")
         first = latest_round(connection, 7)
-        if state == "failed":
-            assert get_project(connection, 7).problem == "nosuch.pt is not there"
-        assert rounds.connect_project(connection, 7, CONFIG, ProjectSettings(), URL) is True
+        assert get_project(connection, 7).problem == "nosuch.pt is not there"
+        assert rounds.connect_project(connection, 7, CONFIG, ProjectSettings(), URL) is False  # somebody only looked
+        assert rounds.connect_project(connection, 7, CONFIG, ProjectSettings(seed=1), URL) is True
         second = latest_round(connection, 7)
         assert get_project(connection, 7).problem is None
     assert first is not None
     assert second is not None
     assert (second.number, second.state) == (0, "attaching")
     assert second.id != first.id
+
+
+@pytest.mark.parametrize("state", ["failed", "cancelled"])
+def test_an_admin_begins_a_first_round_again(store: Store, state: str) -> None:
+    with store.write() as connection:
+        rounds.connect_project(connection, 7, CONFIG, ProjectSettings(), URL)
+        end_round(connection, state, "a reason")
+        assert rounds.connect_project(connection, 7, CONFIG, ProjectSettings(), URL) is False
+        again = rounds.open_round(connection, 7, "an admin")
+        latest = latest_round(connection, 7)
+    assert latest is not None
+    assert (latest.id, latest.number, latest.state) == (again, 0, "attaching")
 
 
 def test_a_later_round_that_failed_is_not_begun_again_by_looking_at_the_page(published: Store) -> None:

@@ -73,7 +73,7 @@ def test_what_cannot_be_right_is_named(given: Any, sentence: str) -> None:
         (1000, 0, 0),
     ],
 )
-def test_the_holdout_is_a_fifth_within_its_limits_and_at_most_half(n_tasks: int, named: int | None, expected: int) -> None:
+def test_the_holdout_is_a_fifth_within_limits_and_at_most_half(n_tasks: int, named: int | None, expected: int) -> None:
     assert ProjectSettings(holdout_size=named).holdout_for(n_tasks) == expected
 
 

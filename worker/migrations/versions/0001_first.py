@@ -93,6 +93,7 @@ def upgrade() -> None:
     sa.Column('seen_round_id', sa.Integer(), nullable=True),
     sa.Column('image_problem', sa.Text(), nullable=True),
     sa.Column('deleted', sa.Boolean(), nullable=False),
+    sa.Column('twin', sa.Boolean(), nullable=False),
     sa.ForeignKeyConstraint(['project_id'], ['projects.id'], name=op.f('fk_tasks_project_id_projects'), ondelete='CASCADE'),
     sa.PrimaryKeyConstraint('project_id', 'task_id', name=op.f('pk_tasks'))
     )
