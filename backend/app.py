@@ -125,7 +125,9 @@ def _check_host(request: Request) -> None:
     is_browser = "origin" in request.headers or "mozilla" in request.headers.get("user-agent", "").lower()
     name = (urlsplit(f"//{request.headers.get('host', '')}").hostname or "").lower()
     ours = {"localhost", settings.host.lower(), (urlsplit(settings.url).hostname or "").lower()}
-    if not is_browser or settings.user or name in ours or name.endswith(".localhost") or _is_address(name):
+    if request.url.path in OPEN_PATHS or not is_browser or settings.user:
+        return
+    if name in ours or name.endswith(".localhost") or _is_address(name):
         return
     raise BadRequest(f"{name[:100]!r} is not known as this backend's name. Set HARDFIRST_URL to its address")
 

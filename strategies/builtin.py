@@ -3,15 +3,15 @@
 All share `(pool, batch_size, rng, options) -> Selection` and these promises (tests/strategies/test_contract.py):
 min(batch_size, N) distinct positions in the order annotators should see them; utilities of all rows finite and in
 [0, 1]; the same pool, rng state and options give the same answer; an empty pool gives an empty selection. Raises
-OptionsInvalid, PoolInvalid when the pool lacks the measure or the disagreement, InputInvalid for batch_size < 1 or something that is no
-numpy Generator.
+OptionsInvalid, PoolInvalid when the pool lacks the measure or the committee's disagreement, InputInvalid for
+batch_size < 1 or something that is no numpy Generator.
 
-`suppress_duplicates` (off but for the two hybrids and committee) skips rows whose near-duplicate is in the batch or labelled, as far
-as the pool says: without duplicate_groups and duplicates_of_labelled there is nothing to skip.
+`suppress_duplicates` (off but for the two hybrids and committee) skips rows whose near-duplicate is in the batch or
+labelled, as far as the pool says: without duplicate_groups and duplicates_of_labelled there is nothing to skip.
 
-Rankings (random, least_confidence, margin, entropy, kmeans, hybrid, committee) take the highest utilities; equal ones in row
-order, that is by key. Greedy walks (k_center, coverage, hybrid_coverage) choose each image in view of those before it:
-the batch gets utilities falling from 1 to above 0.5, all other rows lie in [0, 0.5].
+Rankings (random, least_confidence, margin, entropy, kmeans, hybrid, committee) take the highest utilities; equal ones
+in row order, that is by key. Greedy walks (k_center, coverage, hybrid_coverage) choose each image in view of those
+before it: the batch gets utilities falling from 1 to above 0.5, all other rows lie in [0, 0.5].
 """
 
 from __future__ import annotations

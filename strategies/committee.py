@@ -196,7 +196,8 @@ def _overlapping(boxes: _Boxes, lowest: float) -> tuple[Integers, Integers]:
     """Positions of all pairs of boxes of different members with IoU >= lowest, in the order they are to be joined."""
     first, second = _beside_one_another(boxes, lowest)
     ious = _ious(boxes.boxes_xyxy[first], boxes.boxes_xyxy[second])
-    first, second, ious = (values[ious >= lowest] for values in (first, second, ious))
+    kept = ious >= lowest
+    first, second, ious = first[kept], second[kept], ious[kept]
     likely = boxes.probabilities.argmax(axis=1) if len(boxes.members) else boxes.members
     order = np.lexsort((second, first, likely[first] != likely[second], -ious))
     return first[order], second[order]

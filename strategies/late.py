@@ -78,7 +78,8 @@ def late_utility(
     """Utilities of M images scored after a selection.
 
     Args: name, options: of the strategy that made the selection; late: its Selection.late; uncertainty: measure ->
-        (M,) >= 0 (only what the strategy uses is read), for "committee" also "disagreement" -> (M,) >= 0; embeddings (M, D), of the model the pool was embedded with.
+        (M,) >= 0 (only what the strategy uses is read), for "committee" it carries "disagreement" -> (M,) >= 0;
+        embeddings (M, D), of the model the pool was embedded with.
     Returns: (M,) in [0, 1]; an image of the pool gets the utility it had there (in a greedy walk: if outside the
         batch); "random" gives each distinct embedding a number of its own, the same in every call.
     Raises: StrategyUnknown, OptionsInvalid, InputInvalid (NaN, wrong shapes, a missing measure or late value).

@@ -123,5 +123,5 @@ def test_a_token_that_is_not_valid_is_named(make_stage: Callable[..., Any]) -> N
     project = stage.new_project(4)
     project.connect(SMALL)
     stage.work()
-    assert stage.round(project, 0).state == "failed"
+    assert stage.round(project, 0).state == "attaching"  # it goes on with a better one
     assert "LABEL_STUDIO_API_KEY is not valid" in stage.row(project).problem

@@ -112,7 +112,7 @@ def test_committee_without_a_committee_is_refused(make_pool):
 
 
 def test_committee_leaves_near_duplicates_out(make_pool):
-    pool = make_pool(3, disagreement=[0.9, 0.8, 0.1], embeddings=np.eye(3), duplicate_groups=[0, 0, 1])
+    pool = make_pool(3, 3, disagreement=[0.9, 0.8, 0.1], embeddings=np.eye(3), duplicate_groups=[0, 0, 1])
     assert run_strategy("committee", pool, 2).positions.tolist() == [0, 2]
     assert run_strategy("committee", pool, 2, suppress_duplicates=False).positions.tolist() == [0, 1]
 

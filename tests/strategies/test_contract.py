@@ -112,14 +112,14 @@ def test_one_image(name, make_pool):
 
 def test_uncertainty_beyond_one_is_rescaled(name, make_pool):
     values = np.linspace(0, 12, 20)
-    pool = make_pool(20, uncertainty={measure: values for measure in MEASURE_NAMES}, disagreement=values)
+    pool = make_pool(20, uncertainty=dict.fromkeys(MEASURE_NAMES, values), disagreement=values)
     assert_contract(name, pool, select(name, pool), 5)
 
 
 @pytest.mark.parametrize("column", ["embeddings", "labelled_embeddings", "uncertainty", "disagreement"])
 def test_nan_is_refused(name, column, make_pool):
     vector = [0.5, np.nan]
-    bad = {"uncertainty": {measure: vector for measure in MEASURE_NAMES}, "disagreement": vector}
+    bad = {"uncertainty": dict.fromkeys(MEASURE_NAMES, vector), "disagreement": vector}
     bad = bad.get(column, [vector] * 2)
     with pytest.raises(PoolInvalid, match="NaN"):
         select(name, make_pool(2, 2, **{column: bad}))
@@ -152,7 +152,7 @@ def test_suppression_keeps_groups_and_labelled_out(name, make_pool):
 
 def test_late_images_on_the_scale_of_the_selection(name, make_pool):
     values = np.linspace(0.1, 3, 40)
-    pool = make_pool(40, uncertainty={measure: values for measure in MEASURE_NAMES}, disagreement=values)
+    pool = make_pool(40, uncertainty=dict.fromkeys(MEASURE_NAMES, values), disagreement=values)
     scores = {**pool.uncertainty, "disagreement": pool.disagreement}
     selection = select(name, pool, 6)
     again = late_utility(name, selection.late, scores, pool.embeddings)

@@ -115,7 +115,7 @@ def test_a_missing_measure_is_named():
 
 def test_a_missing_disagreement_says_what_to_set():
     assert Pool.build(**ROWS).committee_disagreement().tolist() == [1, 2, 3]
-    with pytest.raises(PoolInvalid, match=r"no disagreement.*Set committee_size \(at least 3\) in the project's settings"):
+    with pytest.raises(PoolInvalid, match=r"no disagreement.*Set committee_size \(at least 3\) in the project"):
         Pool.build(**ROWS | {"disagreement": None}).committee_disagreement()
 
 

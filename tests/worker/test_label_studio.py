@@ -315,7 +315,7 @@ def test_a_personal_access_token_is_refreshed_into_one_that_works(
     assert token != personal
     assert client.project(project[0])["title"] == "client"
     broken = LabelStudio(label_studio.url, personal[:-6] + "AAAAAA")
-    with pytest.raises(LabelStudioRefused, match="LABEL_STUDIO_API_KEY"):
+    with pytest.raises(CredentialsMissing, match="LABEL_STUDIO_API_KEY"):
         broken.project(project[0])
 
 

@@ -5,7 +5,7 @@ import pytest
 
 from worker.dataset import TaskTruth
 from worker.evaluation import Detections, evaluate
-from worker.measuring import base_verdict, renamed, truth_for
+from worker.measuring import base_verdict, on_common_images, renamed, truth_for
 
 
 def seen(keys: list[int], sizes: list[tuple[int, int]], *found: tuple[int, list[float], float, int]) -> Detections:
@@ -87,3 +87,18 @@ def test_the_base_rule(points: list[tuple[int, float]], verdict: str, reason: st
     found = base_verdict(points, 0.005)
     assert found["verdict"] == verdict
     assert reason in found["reasons"][0]
+
+
+def test_rounds_are_compared_on_images_that_all_of_them_saw() -> None:
+    box, pixels = [0.5, 0.5, 0.5, 0.5], [50, 25, 150, 75]
+    sizes = [(200, 100), (200, 100)]
+    earlier = seen([5, 6], sizes, (0, pixels, 0.9, 0))  # found the easy one, missed the hard one
+    later = seen([5], sizes[:1], (0, pixels, 0.9, 0))  # could not read the hard one
+    truths = [truth(5, (box, 0)), truth(6, (box, 0))]
+    alone = evaluate(earlier, truth_for(earlier, truths)).map50
+    assert alone is not None
+    assert alone < 0.6
+    together = on_common_images({1: earlier, 2: later}, truths)
+    assert together[1].map50 == together[2].map50 == pytest.approx(0.995)
+    assert together[1].n_images == together[2].n_images == 1
+    assert on_common_images({}, truths) == {}

@@ -367,3 +367,60 @@ def test_a_round_keeps_the_settings_it_began_with(published: Store) -> None:
         assert rounds.settings_of(get_project(connection, 7)).batch_size == 9
         connection.execute(insert(projects).values(id=8, connected_at=0.0))
         assert rounds.settings_of(get_project(connection, 8)) == ProjectSettings()
+
+
+# --- what a review found ----------------------------------------------------------------------------------------------
+
+
+def test_a_task_that_was_missed_by_a_listing_comes_back(published: Store) -> None:
+    with published.write() as connection:
+        rounds.mark_deleted(connection, 7, [9])
+        assert 9 not in rounds.holdout_of(connection, 7)
+        assert rounds.not_for_training(connection, 7) == {9, 10}  # taken for deleted, it is still no training image
+        rounds.remember_tasks(connection, 7, {9: "9.jpg"})
+        assert rounds.holdout_of(connection, 7)[9] is True
+
+
+def test_twins_of_the_holdout_are_not_for_training(published: Store) -> None:
+    with published.write() as connection:
+        connection.execute(update(tasks).where(tasks.c.task_id == 3).values(twin=True))
+        assert rounds.not_for_training(connection, 7) == {3, 9, 10}
+
+
+def test_labels_of_the_holdout_alone_open_no_round(published: Store) -> None:
+    with published.write() as connection:
+        connection.execute(update(round_rows).values(batch_size=2))
+        label(connection, 9, 10)
+        assert rounds.trigger(connection, 7) is None
+        label(connection, 1)
+        assert rounds.trigger(connection, 7) == "3 new labels (a round opens at 2)"
+
+
+def test_a_last_batch_with_a_skip_closes(published: Store) -> None:
+    with published.write() as connection:
+        label(connection, 1, 2)
+        label(connection, 3, 4, 5, 6, 7, 8, 9, 10, cancelled=True)
+        connection.execute(update(round_rows).values(batch_size=6))
+        assert rounds.trigger(connection, 7) == "2 new labels, and the pool is empty"
+
+
+def test_max_rounds_counts_rounds_that_ended_well(published: Store) -> None:
+    with published.write() as connection:
+        settings = ProjectSettings(batch_size=4, max_rounds=1)
+        rounds.connect_project(connection, 7, CONFIG, settings, URL)
+        for _ in range(2):
+            rounds.open_round(connection, 7, "an admin")
+            rounds.cancel_round(connection, 7)
+        label(connection, 1, 2, 3, 4)
+        assert rounds.open_round_if_triggered(connection, 7) is not None
+        end_round(connection, "done", batch_size=4)
+        label(connection, 5, 6, 7, 8)
+        assert rounds.trigger(connection, 7) is None
+
+
+def test_a_round_that_somebody_closed_stays_as_it_was_closed(published: Store) -> None:
+    with published.write() as connection:
+        round_id = rounds.open_round(connection, 7, "an admin")
+        rounds.close_round(connection, round_id, "done")
+        rounds.close_round(connection, round_id, "cancelled", "too late")
+    assert numbers(published) == [(0, "done"), (1, "done")]

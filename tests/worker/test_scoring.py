@@ -1,0 +1,112 @@
+"""Tasks that come after their round: what is sent to Label Studio, when, and how often."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sqlalchemy import insert, select, update
+
+from demo.oracle import label_config
+from worker import rounds, scoring
+from worker.errors import LabelStudioRefused, PublishIncomplete
+from worker.services import Services
+from worker.settings import ProjectSettings, Settings
+from worker.store import get_project, projects, scores, tasks
+from worker.store import rounds as round_rows
+
+
+class Recorder:
+    """Stands in for Label Studio's import, whose answers are under test elsewhere: keeps what it is sent."""
+
+    def __init__(self) -> None:
+        self.kept: list[int] = []
+        self.refused: set[int] = set()
+        self.dropped = 0
+
+    def import_predictions(self, project_id: int, predictions: Iterable[Mapping[str, Any]]) -> None:
+        sent = [int(one["task"]) for one in predictions]
+        if self.refused & set(sent):
+            raise LabelStudioRefused('contains invalid "task" field')
+        self.kept += sent
+        if self.dropped:
+            raise PublishIncomplete(f"kept {len(sent) - self.dropped} of {len(sent)}")
+
+
+@pytest.fixture
+def own(store_url: str, tmp_path: Path) -> Iterator[Services]:
+    """Project 7 with round 0 published, and tasks 1..4 scored alone after it."""
+    made = Services(Settings(_env_file=None, database_url=store_url, data_dir=tmp_path), "worker")  # type: ignore[call-arg]
+    made.store.migrate()
+    with made.store.write() as connection:
+        rounds.connect_project(connection, 7, label_config(["nut"]), ProjectSettings(), "http://backend:9090")
+        rounds.remember_tasks(connection, 7, {number: f"{number}.jpg" for number in range(1, 5)})
+        round_id = connection.execute(select(round_rows.c.id)).scalar_one()
+        connection.execute(update(round_rows).values(state="done"))
+        connection.execute(update(projects).values(published_version="al-000000", published_round_id=round_id))
+        late = {"round_id": round_id, "shard": scoring.LATE_SHARD, "published_score": 0.7, "regions": "[]"}
+        connection.execute(insert(scores), [{**late, "task_id": number} for number in range(1, 5)])
+    made.__dict__["label_studio"] = Recorder()
+    yield made
+    made.store.close()
+
+
+def unsent(own: Services) -> list[int]:
+    with own.store.read() as connection:
+        query = select(scores.c.task_id).where(~scores.c.sent).order_by(scores.c.task_id)
+        return list(connection.execute(query).scalars())
+
+
+def kept(own: Services) -> list[int]:
+    return own.label_studio.kept  # type: ignore[attr-defined, no-any-return]
+
+
+def test_late_scores_are_sent_once(own: Services) -> None:
+    scoring._send_late(own, 7)
+    scoring._send_late(own, 7)
+    assert kept(own) == [1, 2, 3, 4]
+    assert unsent(own) == []
+
+
+def test_one_that_is_refused_keeps_no_other_from_its_place(own: Services) -> None:
+    own.label_studio.refused = {3}  # type: ignore[attr-defined]
+    scoring._send_late(own, 7)
+    assert sorted(kept(own)) == [1, 2, 4]
+    assert unsent(own) == []
+
+
+def test_what_was_taken_in_part_is_not_sent_again(own: Services) -> None:
+    own.label_studio.dropped = 1  # type: ignore[attr-defined]
+    scoring._send_late(own, 7)
+    scoring._send_late(own, 7)
+    assert kept(own) == [1, 2, 3, 4]
+
+
+def test_deleted_and_labelled_tasks_are_not_sent(own: Services) -> None:
+    with own.store.write() as connection:
+        rounds.mark_deleted(connection, 7, [1])
+        rounds.remember_annotations(connection, 7, [{"id": 1, "task": 2}])
+    scoring._send_late(own, 7)
+    assert kept(own) == [3, 4]
+
+
+def test_nothing_is_sent_while_a_new_version_is_written(own: Services) -> None:
+    with own.store.write() as connection:
+        round_id = rounds.open_round(connection, 7, "an admin")
+        connection.execute(update(round_rows).where(round_rows.c.id == round_id).values(state="publishing"))
+    scoring._send_late(own, 7)
+    assert kept(own) == []
+    assert unsent(own) == [1, 2, 3, 4]
+
+
+def test_stored_predictions_of_the_holdout_have_no_boxes(own: Services) -> None:
+    with own.store.write() as connection:
+        connection.execute(update(scores).values(regions='[{"id": "a"}]'))
+        connection.execute(update(tasks).where(tasks.c.task_id == 2).values(holdout=True))
+        found = scoring.stored_predictions(connection, get_project(connection, 7), [1, 2, 99])
+    assert found == {
+        1: {"result": [{"id": "a"}], "score": 0.7, "model_version": "al-000000"},
+        2: {"result": [], "score": 0.7, "model_version": "al-000000"},
+    }
