@@ -147,7 +147,9 @@ def test_soft_votes_by_hand_and_hard_ones():
     assert image_disagreement(members, "hard") == pytest.approx(1.0)
     unsure = [seen((BOX, [0.6, 0.4])), seen((BOX, [0.9, 0.1]))]
     assert image_disagreement(unsure, "hard") == 0.0  # the same most likely class
-    assert 0 < image_disagreement(unsure) < 0.1
+    # odds 1, 3/2, 2/3 and 1, 9, 1/9: votes (6, 9, 4) / 19 and (9, 81, 1) / 91 with 1.04598 and 0.38201 nats,
+    # their mean has 0.83103: (0.83103 - 0.71399) / .69315
+    assert image_disagreement(unsure) == pytest.approx(0.16884, abs=1e-5)
 
 
 def test_thresholds():
@@ -246,13 +248,13 @@ def test_matching_is_the_rule(seed, iou_threshold):
     rng = np.random.default_rng(seed)
     members = []
     for _ in range(4):
-        corners = rng.uniform(0, 30, (12, 2))
-        boxes = np.concatenate([corners, corners + rng.uniform(8, 25, (12, 2))], axis=1)
+        corners = rng.uniform(0, 15, (12, 2))
+        boxes = np.concatenate([corners, corners + rng.uniform(15, 25, (12, 2))], axis=1)
         members.append((boxes, rng.random((12, 2))))
     objects = match_boxes(members, iou_threshold)
     found = {frozenset((m, r) for m, r in enumerate(row) if r >= 0) for row in objects.tolist()}
     assert found == greedy_by_hand(members, iou_threshold)
-    assert iou_threshold == 0.8 or max(map(len, found)) > 2
+    assert max(map(len, found)) >= {0.2: 4, 0.5: 3, 0.8: 1}[iou_threshold]  # there is something to match
 
 
 @given(committees)

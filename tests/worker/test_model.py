@@ -19,6 +19,7 @@ from worker.services import Services
 from worker.settings import ProjectSettings, Settings
 from worker.store import get_project, projects
 from worker.store import rounds as round_rows
+from worker.work import MEASURES
 
 CONFIG = (
     '<View><Image name="image" value="$image"/><RectangleLabels name="label" toName="image"><Label value="nut"/>'
