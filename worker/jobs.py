@@ -185,5 +185,5 @@ def _reconcile_project(own: Services, project: Row[Any]) -> None:
     if opened is not None:
         with own.store.write() as connection:
             record_event(connection, project.id, "reconciled", detail="a round was opened that no webhook had opened")
-    heal(own, project.id)
     score_late(own, project.id)
+    heal(own, project.id)  # after it: a version can be served from its first prediction on

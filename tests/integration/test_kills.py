@@ -95,7 +95,7 @@ def test_workers_killed_in_training_and_in_scoring(
 ) -> None:
     stage = make_stage(label_studio_url=line.url)
     settings = stage.services.settings
-    project = stage.connected(8, labels_per_round=3, epochs=60)
+    project = stage.connected(8, labels_per_round=3, epochs=25)
     holdout = stage.holdout(project)
     for task_id in [task_id for task_id in stage.batch(project, 0) if task_id not in holdout][:3]:
         project.label(task_id)
@@ -201,7 +201,7 @@ def test_valkey_killed_in_the_middle_of_a_round_of_hardfirst_up(
     process = up(settings)
     stage = stage_on(settings)
     project = stage.new_project(8)
-    small = {"weights": "yolo11n.yaml", "epochs": 40, "imgsz": 64, "batch_size": 4, "holdout_size": 2}
+    small = {"weights": "yolo11n.yaml", "epochs": 20, "imgsz": 64, "batch_size": 4, "holdout_size": 2}
     project.connect({**small, "labels_per_round": 3})
     until(lambda: stage.rounds(project) and stage.round(project, 0).state == "done", 60, "the first batch is published")
     holdout = stage.holdout(project)
