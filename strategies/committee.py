@@ -284,8 +284,7 @@ def _gathered(members: Sequence[Member], lowest: float) -> _Boxes:
     if len(widths) > 1:
         raise InputInvalid(f"The members know {widths} classes. A committee needs the same classes in every member.")
     width = widths[0] if widths else 0
-    # + 0.0 turns -0.0 into 0.0: equal values must have equal bytes
-    rows = [np.concatenate([p.reshape(len(b), width), b], axis=1) + 0.0 for b, p in checked]
+    rows = [np.concatenate([p.reshape(len(b), width), b], axis=1) for b, p in checked]
     orders = [_by_content(member, width, lowest) for member in rows]
     seats = sorted(range(len(rows)), key=lambda number: rows[number][orders[number]].tobytes())
     lengths = [len(orders[seat]) for seat in seats]

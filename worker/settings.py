@@ -16,6 +16,8 @@ from strategies import STRATEGIES, validate_options
 from strategies.errors import StrategyError
 from worker.errors import SettingsInvalid
 
+# A committee is several detectors; rounds train one so far.
+PROJECT_STRATEGIES = [name for name in STRATEGIES if name != "committee"]
 HOLDOUT_SHARE = 0.20
 HOLDOUT_LIMITS = (50, 300)
 
@@ -126,8 +128,8 @@ class ProjectSettings(BaseModel):
 
     @model_validator(mode="after")
     def _known_strategy(self) -> ProjectSettings:
-        if self.strategy not in STRATEGIES:
-            raise ValueError(f"strategy {self.strategy!r} is unknown{_nearest(self.strategy, list(STRATEGIES))}")
+        if self.strategy not in PROJECT_STRATEGIES:
+            raise ValueError(f"strategy {self.strategy!r} is unknown{_nearest(self.strategy, PROJECT_STRATEGIES)}")
         try:
             validate_options(self.strategy, self.strategy_options)
         except StrategyError as error:
