@@ -98,7 +98,7 @@ class LabelStudio:
                 headers = self._sdk._client_wrapper.get_headers()
         except httpx.HTTPError as error:
             raise LabelStudioUnavailable(f"Label Studio at {self.url} does not answer: {error}") from error
-        except Exception as error:  # noqa: BLE001 - the SDK raises what it meets: its ApiError, jwt's, json's
+        except Exception as error:  # the SDK raises what it meets: its ApiError, jwt's, json's
             raise _token_error(self.url, error) from error
         return {"Authorization": headers["Authorization"]}
 

@@ -39,8 +39,8 @@ def connect_project(
 ) -> bool:
     """What /setup does: remember the project, and open round 0 when there is none. True: it was opened now.
 
-    Label Studio calls /setup whenever somebody looks at its Model page: only what changed is written, and a round 0 that
-    failed is tried again only when something did.
+    Label Studio calls /setup whenever somebody looks at its Model page: only what changed is written, and a round 0
+    that failed is tried again only when something did.
     """
     values = {
         "label_config": label_config,
