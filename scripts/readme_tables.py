@@ -13,8 +13,8 @@ from typing import Any
 from pydantic import BaseModel, SecretStr
 from pydantic.fields import FieldInfo
 
-from strategies import strategy_options
-from worker.settings import PROJECT_STRATEGIES, ProjectSettings, Settings
+from strategies import STRATEGIES, strategy_options
+from worker.settings import ProjectSettings, Settings
 
 README = Path(__file__).resolve().parent.parent / "README.md"
 
@@ -33,7 +33,7 @@ def table(model: type[BaseModel]) -> str:
 
 def strategies_table() -> str:
     rows = ["| strategy | options and their defaults |", "| --- | --- |"]
-    for name in PROJECT_STRATEGIES:
+    for name in STRATEGIES:
         options = ", ".join(f"`{option}={_shown(value)}`" for option, value in strategy_options(name).items())
         rows.append(f"| `{name}` | {options or 'none'} |")
     return "\n".join(rows)

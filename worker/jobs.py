@@ -23,7 +23,7 @@ from worker.errors import (
     Unavailable,
 )
 from worker.publishing import purge_versions, select_and_publish
-from worker.retraining import train_and_measure
+from worker.retraining import train_and_measure, train_one_member
 from worker.scoring import score_alone, score_late, score_one_shard
 from worker.services import Services, from_environment
 from worker.store import (
@@ -63,6 +63,11 @@ def attach(step_id: int, attempt: int) -> None:
 def retrain(step_id: int, attempt: int) -> None:
     """Dataset, training, evaluation on the holdout."""
     _run(step_id, attempt, train_and_measure)
+
+
+def train_member(step_id: int, attempt: int) -> None:
+    """One more detector of a committee."""
+    _run(step_id, attempt, train_one_member)
 
 
 def score_shard(step_id: int, attempt: int) -> None:

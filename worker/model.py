@@ -20,7 +20,9 @@ from PIL import Image
 from sqlalchemy import Row
 
 from strategies import late_utility
+from strategies.committee import image_disagreement
 from strategies.diversity import near_duplicates_of_labelled
+from strategies.late import DISAGREEMENT
 from strategies.uncertainty import MEASURES, image_uncertainty
 from worker.artifacts import round_key
 from worker.boxes import LabelMap, to_regions
@@ -32,7 +34,7 @@ from worker.rounds import not_for_boxes, settings_of
 from worker.scoring import holdout_embeddings, stored_predictions
 from worker.services import Services, from_environment
 from worker.settings import ProjectSettings
-from worker.store import get_project, get_round
+from worker.store import get_project, get_round, loads
 
 AT_ONCE = 16  # images in memory as pixels; the next ones are fetched and decoded meanwhile
 FETCHERS = 4
@@ -47,6 +49,7 @@ class TaskScore:
     measures: Mapping[str, float] = field(default_factory=dict)
     embedding: NDArray[np.float32] | None = None
     problem: str | None = None
+    disagreement: float | None = None  # of a committee
 
 
 class Scorer:
@@ -57,7 +60,8 @@ class Scorer:
         self._project_id, self._round = int(project.id), round_row
         self.settings: ProjectSettings = settings_of(round_row)
         self.label_map = LabelMap.from_config(project.label_config)
-        self.detector = _load_detector(services, round_row)
+        self.detector = _load_detector(services, round_row.weights, round_row.weights_sha256)
+        self.members = _load_members(services, round_row)
         self.embedder = round_row.weights_sha256 or DESCRIPTOR_NAME
         self.class_to_label = self._classes()
 
@@ -111,12 +115,28 @@ class Scorer:
 
     def _score_some(self, opened: Sequence[tuple[int, Image.Image | str]]) -> Iterator[TaskScore]:
         good = [(task_id, image) for task_id, image in opened if not isinstance(image, str)]
-        scored = dict(zip([task_id for task_id, _ in good], self._look([image for _, image in good]), strict=True))
+        images = [image for _, image in good]
+        looks = self._look(images)
+        scored = dict(zip([task_id for task_id, _ in good], looks, strict=True))
+        votes = dict(zip([task_id for task_id, _ in good], self._disagreements(images, looks), strict=True))
         for task_id, image in opened:
             if isinstance(image, str):
                 yield TaskScore(task_id, problem=image)
             else:
-                yield self._task_score(task_id, scored[task_id])
+                yield self._task_score(task_id, scored[task_id], votes[task_id])
+
+    def _disagreements(
+        self, images: Sequence[Image.Image], looks: Sequence[ImageScore | NDArray[np.float32]]
+    ) -> list[float | None]:
+        """What the committee's members make of each image, the round's own detector among them; None without one."""
+        if not self.members:
+            return [None for _ in images]
+        imgsz, confidence = self.settings.imgsz, self.confidence
+        others = [member.score(images, imgsz=imgsz, confidence=confidence) for member in self.members]
+        return [
+            image_disagreement([(one.boxes_xyxy, one.probabilities) for one in of_image if isinstance(one, ImageScore)])
+            for of_image in zip(looks, *others, strict=True)
+        ]
 
     def _look(self, images: Sequence[Image.Image]) -> Sequence[ImageScore | NDArray[np.float32]]:
         if self.detector is None:
@@ -128,7 +148,9 @@ class Scorer:
         """The label config's model_score_threshold wins over the setting."""
         return self.label_map.score_threshold or self.settings.confidence
 
-    def _task_score(self, task_id: int, look: ImageScore | NDArray[np.float32]) -> TaskScore:
+    def _task_score(
+        self, task_id: int, look: ImageScore | NDArray[np.float32], disagreement: float | None
+    ) -> TaskScore:
         if not isinstance(look, ImageScore):
             return TaskScore(task_id, measures=dict.fromkeys(MEASURES, 1.0), embedding=look)
         drawn = look.confidences >= self.confidence
@@ -141,7 +163,7 @@ class Scorer:
             look.width,
             look.height,
         )
-        return TaskScore(task_id, regions, self._measures(look), look.embedding)
+        return TaskScore(task_id, regions, self._measures(look), look.embedding, disagreement=disagreement)
 
     def _measures(self, look: ImageScore) -> dict[str, float]:
         rows = look.probabilities
@@ -150,12 +172,31 @@ class Scorer:
         return {name: image_uncertainty(rows, name) for name in MEASURES}
 
 
-def _load_detector(services: Services, round_row: Row[Any]) -> Detector | None:
-    if round_row.weights is None:
+def _load_detector(services: Services, key: str | None, sha256: str | None) -> Detector | None:
+    if key is None or sha256 is None:
         return None
     prepare_ultralytics(services.ultralytics_dir)
-    path = services.artifacts.local(round_row.weights, round_row.weights_sha256)
-    return Detector.load(path, services.settings.device, expected_sha256=round_row.weights_sha256)
+    return Detector.load(services.artifacts.local(key, sha256), services.settings.device, expected_sha256=sha256)
+
+
+def _load_members(services: Services, round_row: Row[Any]) -> list[Detector]:
+    """The other detectors of the round's committee.
+
+    Raises:
+        LabelMismatch: one was trained on other classes: its votes would be for something else.
+    """
+    recorded = loads(round_row.report).get("members", [])
+    members = [_load_detector(services, one["weights"], one["sha256"]) for one in recorded]
+    found = [member for member in members if member is not None]
+    names = loads(round_row.report).get("names", {})
+    wanted = {int(class_id): name for class_id, name in names.items()}
+    for number, member in enumerate(found, start=1):
+        if member.names != wanted:
+            raise LabelMismatch(
+                f"member {number} of the committee knows {list(member.names.values())}, not {list(wanted.values())}: "
+                "labels were changed while the committee was trained. Start a round"
+            )
+    return found
 
 
 class ScorerCache:
@@ -278,6 +319,8 @@ def late_utilities(scorer: Scorer, scores: Sequence[TaskScore]) -> list[float]:
     if not late:  # the pool was empty: there is nothing to compare with, and every new task is welcome
         return [0.0 if score.embedding is None else 1.0 for score in scores]
     uncertainty = {name: np.array([score.measures[name] for score in usable]) for name in MEASURES}
+    if scorer.members:
+        uncertainty[DISAGREEMENT] = np.array([score.disagreement or 0.0 for score in usable])
     embeddings = np.stack([score.embedding for score in usable if score.embedding is not None])
     values = late_utility(note["strategy"], late, uncertainty, embeddings, note["options"])
     found = {score.task_id: float(value) for score, value in zip(usable, values, strict=True)}

@@ -11,6 +11,7 @@ import numpy as np
 from sqlalchemy import Connection, bindparam, func, select, update
 
 from strategies.diversity import near_duplicates_of_labelled
+from strategies.late import DISAGREEMENT
 from worker import rounds, steps
 from worker.errors import (
     HardfirstError,
@@ -183,7 +184,7 @@ def _mark_twins(
 
 def _scored_tasks(connection: Connection, work: Work) -> ScoredTasks:
     query = (
-        select(scores.c.task_id, scores.c.shard, scores.c.row, *(scores.c[name] for name in MEASURES))
+        select(scores.c.task_id, scores.c.shard, scores.c.row, *(scores.c[name] for name in (*MEASURES, DISAGREEMENT)))
         .join(tasks, (tasks.c.task_id == scores.c.task_id) & (tasks.c.project_id == work.project.id))
         .where(scores.c.round_id == work.round.id, scores.c.row.is_not(None), scores.c.shard >= 0, ~tasks.c.deleted)
         .order_by(scores.c.task_id)
@@ -198,7 +199,9 @@ def _scored_tasks(connection: Connection, work: Work) -> ScoredTasks:
     for position, row in enumerate(rows):
         embeddings[position] = shards[row.shard][row.row]
     measures = {name: np.array([getattr(row, name) for row in rows], dtype=np.float64) for name in MEASURES}
-    return ScoredTasks(np.array([row.task_id for row in rows], dtype=np.int64), embeddings, measures)
+    votes = [row.disagreement for row in rows]
+    disagreement = None if None in votes or not votes else np.array(votes, dtype=np.float64)
+    return ScoredTasks(np.array([row.task_id for row in rows], dtype=np.int64), embeddings, measures, disagreement)
 
 
 def _write_selection(work: Work, batch: Batch) -> None:

@@ -42,7 +42,8 @@ QUEUES = (TRAIN, SCORE, PREDICT, CONTROL)
 
 # Whole names, not a prefix: RQ walks attributes, so "worker.jobs.os.system" would be a function of worker.jobs.
 JOB_FUNCTIONS = frozenset(
-    f"worker.jobs.{name}" for name in ("attach", "retrain", "score_shard", "publish", "predict", "purge", "reconcile")
+    f"worker.jobs.{name}"
+    for name in ("attach", "retrain", "train_member", "score_shard", "publish", "predict", "purge", "reconcile")
 )
 
 SERIALIZER = "json"

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+from numpy.random import Generator
 from sqlalchemy import Connection, func, select, update
 
 from worker import evaluation, rounds, steps
@@ -23,9 +26,11 @@ from worker.errors import (
 from worker.images import decode_image
 from worker.measuring import base_verdict, on_common_images, renamed
 from worker.scoring import plan_scoring
+from worker.selection import generator
 from worker.store import (
     loads,
     measured_rounds,
+    scores,
     task_annotations,
     tasks,
 )
@@ -38,6 +43,7 @@ if TYPE_CHECKING:
 
 
 TASKS_AT_ONCE = 1000
+MEMBER_SHARE = 0.8  # of the dataset: members that saw the same images would agree on them
 
 
 def train_and_measure(work: Work) -> None:
@@ -68,6 +74,7 @@ def train_and_measure(work: Work) -> None:
         "background": dataset.n_background,
         "base_weights": Path(base.path).name,
     }
+    own.artifacts.put(work.key("dataset.json"), json.dumps({"task_ids": dataset.task_ids}).encode())
     values = {"labels": dataset.n_images, "boxes": dataset.n_boxes, "report": json.dumps(report)}
     shards = plan_scoring(work)
 
@@ -75,15 +82,60 @@ def train_and_measure(work: Work) -> None:
         this = update(round_rows).where(round_rows.c.id == work.round.id)
         connection.execute(this.values(**values, **weights, embedder="the round's detector"))
         _write_curve(connection, work, measured)
-        steps.add(connection, work.round.id, "score", shards)
+        members = range(1, work.settings.committee_size)
+        if members:
+            steps.add(connection, work.round.id, "member", members)
+        else:
+            steps.add(connection, work.round.id, "score", shards)
 
     steps.finish(work.lease, then)
     shutil.rmtree(_folder(work), ignore_errors=True)
 
 
+def train_one_member(work: Work) -> None:
+    """One more detector, on its own part of the round's dataset: the step's shard is its number."""
+    from worker.detector import prepare_ultralytics
+    from worker.training import train
+
+    own, number = work.services, work.lease.shard
+    prepare_ultralytics(own.ultralytics_dir)
+    everything = json.loads(own.artifacts.get(work.key("dataset.json")))["task_ids"]
+    part = member_part(everything, generator(work.settings, work.project.id, work.round.number, f"member {number}"))
+    dataset = _dataset(work, [truth for truth in _truths(work) if truth.task_id in part])
+    request = _train_request(work, dataset.yaml, _base_weights(work).path)
+    trained = train(replace(request, seed=request.seed + number), lambda now: _show_training(work, now))
+    work.lease.hold()
+    weights = work.key(f"member-{number}.pt")
+    record = {"weights": weights, "sha256": own.artifacts.put(weights, trained.weights.read_bytes())}
+    own.artifacts.put(_member_key(work, number), json.dumps({**record, "images": dataset.n_images}).encode())
+    report = loads(work.round.report)
+
+    def then(connection: Connection) -> None:
+        report["members"] = [
+            json.loads(own.artifacts.get(_member_key(work, one))) for one in range(1, work.settings.committee_size)
+        ]
+        this = update(round_rows).where(round_rows.c.id == work.round.id)
+        connection.execute(this.values(report=json.dumps(report)))
+        last = select(func.max(scores.c.shard)).where(scores.c.round_id == work.round.id)
+        steps.add(connection, work.round.id, "score", range((connection.execute(last).scalar_one() or 0) + 1))
+
+    steps.finish(work.lease, then)
+    shutil.rmtree(_folder(work), ignore_errors=True)
+
+
+def member_part(task_ids: Sequence[int], rng: Generator) -> set[int]:
+    """A member's training images: four fifths, drawn without replacement; all of very few."""
+    size = max(math.ceil(MEMBER_SHARE * len(task_ids)), min(len(task_ids), 2))
+    return {int(one) for one in rng.choice(np.array(sorted(task_ids), dtype=np.int64), size=size, replace=False)}
+
+
+def _member_key(work: Work, number: int) -> str:
+    return work.key(f"member-{number}.json")
+
+
 def _folder(work: Work) -> Path:
-    """Scratch of this round on this host. Of this opening of it: a store begun anew must not find another's dataset."""
-    name = f"p{work.project.id}-r{work.round.number:06d}-{work.round.opened_at:.0f}"
+    """Scratch of this training on this host, and of this opening of the round: a store begun anew finds no other's."""
+    name = f"p{work.project.id}-r{work.round.number:06d}-{work.round.opened_at:.0f}-{work.lease.shard}"
     return work.services.settings.data_dir.resolve() / "work" / name
 
 

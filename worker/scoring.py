@@ -109,6 +109,7 @@ def score_columns(score: Any) -> dict[str, Any]:
     measures = {name: score.measures.get(name) for name in MEASURES}
     return {
         **measures,
+        "disagreement": score.disagreement,
         "regions": json.dumps(score.regions),
         "n_boxes": len(score.regions),
         "problem": score.problem,

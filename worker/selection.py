@@ -23,15 +23,17 @@ FIRST_STRATEGY = "coverage"  # representative, where core-set would ask for the 
 
 @dataclass(frozen=True)
 class ScoredTasks:
-    """Scored images: task_ids (N,), embeddings (N, D), and uncertainty (N,) per measure."""
+    """Scored images: task_ids (N,), embeddings (N, D), uncertainty per measure and a committee's disagreement (N,)."""
 
     task_ids: TaskIds
     embeddings: Matrix
     uncertainty: Mapping[str, Vector]
+    disagreement: Vector | None = None
 
     def rows(self, chosen: NDArray[np.bool_]) -> ScoredTasks:
         measures = {name: values[chosen] for name, values in self.uncertainty.items()}
-        return ScoredTasks(self.task_ids[chosen], self.embeddings[chosen], measures)
+        disagreement = None if self.disagreement is None else self.disagreement[chosen]
+        return ScoredTasks(self.task_ids[chosen], self.embeddings[chosen], measures, disagreement)
 
 
 @dataclass(frozen=True)
@@ -148,6 +150,7 @@ def _batch(
         uncertainty=pool.uncertainty,
         embeddings=pool.embeddings,
         labelled_embeddings=labelled.embeddings if len(labelled.task_ids) else None,
+        disagreement=pool.disagreement,
         duplicate_groups=near_duplicate_groups(pool.embeddings, threshold),
         duplicates_of_labelled=(
             near_duplicates_of_labelled(pool.embeddings, labelled.embeddings, threshold)

@@ -16,8 +16,6 @@ from strategies import STRATEGIES, validate_options
 from strategies.errors import StrategyError
 from worker.errors import SettingsInvalid
 
-# A committee is several detectors; rounds train one so far.
-PROJECT_STRATEGIES = [name for name in STRATEGIES if name != "committee"]
 HOLDOUT_SHARE = 0.20
 HOLDOUT_LIMITS = (50, 300)
 
@@ -121,6 +119,9 @@ class ProjectSettings(BaseModel):
     close_mosaic: int = Field(10, ge=0, description="Last epochs without mosaics.")
     freeze: int = Field(0, ge=0, le=100, description="First layers of the network that do not learn.")
     confidence: float = Field(0.25, gt=0, lt=1, description="Boxes are drawn from this confidence on.")
+    committee_size: int = Field(
+        0, ge=0, le=5, description="Detectors a round trains for strategy `committee`: 3 to 5. Each costs a training."
+    )
     near_duplicate_threshold: float = Field(
         0.99, gt=0, le=1, description="Cosine above which two images count as one when a batch is chosen."
     )
@@ -128,8 +129,12 @@ class ProjectSettings(BaseModel):
 
     @model_validator(mode="after")
     def _known_strategy(self) -> ProjectSettings:
-        if self.strategy not in PROJECT_STRATEGIES:
-            raise ValueError(f"strategy {self.strategy!r} is unknown{_nearest(self.strategy, PROJECT_STRATEGIES)}")
+        if self.strategy not in STRATEGIES:
+            raise ValueError(f"strategy {self.strategy!r} is unknown{_nearest(self.strategy, list(STRATEGIES))}")
+        if self.committee_size in (1, 2):
+            raise ValueError(f"committee_size {self.committee_size} is no committee: 3 to 5, or 0 for none")
+        if self.strategy == "committee" and not self.committee_size:
+            raise ValueError("strategy 'committee' needs committee_size, 3 to 5: the detectors a round trains")
         try:
             validate_options(self.strategy, self.strategy_options)
         except StrategyError as error:

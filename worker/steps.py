@@ -41,6 +41,7 @@ class Kind:
 KINDS = {
     "attach": Kind(queue.CONTROL, "worker.jobs.attach", 3600, "attaching"),
     "train": Kind(queue.TRAIN, "worker.jobs.retrain", 7 * 86_400, "training"),
+    "member": Kind(queue.TRAIN, "worker.jobs.train_member", 7 * 86_400, "training"),
     "score": Kind(queue.SCORE, "worker.jobs.score_shard", 3600, "scoring"),
     "publish": Kind(queue.CONTROL, "worker.jobs.publish", 7200, "publishing"),
     "purge": Kind(queue.CONTROL, "worker.jobs.purge", 7200, ""),

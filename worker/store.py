@@ -176,6 +176,7 @@ scores = Table(
     Column("least_confidence", Float),
     Column("margin", Float),
     Column("entropy", Float),
+    Column("disagreement", Float),  # of a committee
     Column("utility", Float),
     Column("uncertainty", Float),
     Column("diversity", Float),

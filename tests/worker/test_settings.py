@@ -31,7 +31,7 @@ def test_settings_come_as_an_object_or_as_text_that_holds_one() -> None:
     [
         ({"bach_size": 3}, "unknown setting 'bach_size'; did you mean 'batch_size'?"),
         ({"epoch": 3}, "unknown setting 'epoch'; did you mean 'epochs'?"),
-        ({"zzz": 3}, "unknown setting 'zzz'; known are batch_size, close_mosaic, confidence"),
+        ({"zzz": 3}, "unknown setting 'zzz'; known are batch_size, close_mosaic, committee_size"),
         ({"strategy": "hybird"}, "strategy 'hybird' is unknown; did you mean 'hybrid'?"),
         ({"batch_size": 0}, "batch_size: Input should be greater than or equal to 1 (given: '0')"),
         ({"batch_size": "200"}, "batch_size: Input should be a valid integer"),
@@ -121,3 +121,17 @@ def test_a_variable_that_cannot_be_right_is_named(monkeypatch: pytest.MonkeyPatc
 def test_every_setting_says_what_it_is() -> None:
     for model in (Settings, ProjectSettings):
         assert [name for name, info in model.model_fields.items() if not info.description] == []
+
+
+@pytest.mark.parametrize(
+    ("values", "sentence"),
+    [
+        ({"strategy": "committee"}, "needs committee_size, 3 to 5"),
+        ({"committee_size": 2}, "committee_size 2 is no committee"),
+        ({"committee_size": 6}, "less than or equal to 5"),
+    ],
+)
+def test_a_committee_has_three_to_five_members(values: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(SettingsInvalid, match=sentence):
+        parse_project_settings(values)
+    assert parse_project_settings({"strategy": "committee", "committee_size": 3}).committee_size == 3

@@ -105,6 +105,7 @@ def upgrade() -> None:
     sa.Column('least_confidence', sa.Float(), nullable=True),
     sa.Column('margin', sa.Float(), nullable=True),
     sa.Column('entropy', sa.Float(), nullable=True),
+    sa.Column('disagreement', sa.Float(), nullable=True),
     sa.Column('utility', sa.Float(), nullable=True),
     sa.Column('uncertainty', sa.Float(), nullable=True),
     sa.Column('diversity', sa.Float(), nullable=True),
