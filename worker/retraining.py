@@ -27,6 +27,7 @@ from worker.images import decode_image
 from worker.measuring import base_verdict, on_common_images, renamed
 from worker.scoring import plan_scoring
 from worker.selection import generator
+from worker.settings import ProjectSettings
 from worker.store import (
     loads,
     measured_rounds,
@@ -60,7 +61,7 @@ def train_and_measure(work: Work) -> None:
         holdout = sorted(task_id for task_id, held in rounds.holdout_of(connection, work.project.id).items() if held)
     dataset = _dataset(work, [truth for truth in truths if truth.task_id not in barred])
     base = _base_weights(work)
-    trained = train(_train_request(work, dataset.yaml, base.path), lambda now: _show_training(work, now))
+    trained = train(_train_request(work, dataset.yaml, base.path), _watch(work))
     content = trained.weights.read_bytes()
     measured = measure(work, trained.weights, truths, holdout)
     work.lease.hold()
@@ -73,6 +74,7 @@ def train_and_measure(work: Work) -> None:
         "boxes_per_class": dataset.boxes_per_class,
         "background": dataset.n_background,
         "base_weights": Path(base.path).name,
+        "members": _keep_checkpoints(work),
     }
     own.artifacts.put(work.key("dataset.json"), json.dumps({"task_ids": dataset.task_ids}).encode())
     values = {"labels": dataset.n_images, "boxes": dataset.n_boxes, "report": json.dumps(report)}
@@ -83,13 +85,51 @@ def train_and_measure(work: Work) -> None:
         connection.execute(this.values(**values, **weights, embedder="the round's detector"))
         _write_curve(connection, work, measured)
         members = range(1, work.settings.committee_size)
-        if members:
+        if members and work.settings.committee == "subsets":
             steps.add(connection, work.round.id, "member", members)
         else:
             steps.add(connection, work.round.id, "score", shards)
 
     steps.finish(work.lease, then)
     shutil.rmtree(_folder(work), ignore_errors=True)
+
+
+def _watch(work: Work) -> Callable[[TrainProgress], None]:
+    """Progress for the page; for a committee of checkpoints, also what keeps them."""
+    from worker.training import save_checkpoint
+
+    wanted = checkpoint_epochs(work.settings)
+
+    def see(now: TrainProgress) -> None:
+        _show_training(work, now)
+        if now.epoch in wanted and not _checkpoint(work, now.epoch).is_file():
+            save_checkpoint(_folder(work) / "run", _checkpoint(work, now.epoch))
+
+    return see
+
+
+def checkpoint_epochs(settings: ProjectSettings) -> list[int]:
+    """Epochs whose checkpoints join the last one in a committee: spread over the last third of the training."""
+    others = settings.committee_size - 1
+    if others < 1 or settings.committee != "checkpoints":
+        return []
+    apart = max(1, settings.epochs // (3 * others))
+    return [settings.epochs - apart * number for number in range(others, 0, -1)]
+
+
+def _checkpoint(work: Work, epoch: int) -> Path:
+    return _folder(work) / f"epoch-{epoch}.pt"
+
+
+def _keep_checkpoints(work: Work) -> list[dict[str, Any]]:
+    """The committee's other members as the report names them. A resumed training may lack one: it saved it nowhere."""
+    members = []
+    for number, epoch in enumerate(checkpoint_epochs(work.settings), start=1):
+        if _checkpoint(work, epoch).is_file():
+            key = work.key(f"member-{number}.pt")
+            digest = work.services.artifacts.put(key, _checkpoint(work, epoch).read_bytes())
+            members.append({"weights": key, "sha256": digest, "epoch": epoch, "correlated": True})
+    return members
 
 
 def train_one_member(work: Work) -> None:

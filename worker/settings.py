@@ -122,6 +122,11 @@ class ProjectSettings(BaseModel):
     committee_size: int = Field(
         0, ge=0, le=5, description="Detectors a round trains for strategy `committee`: 3 to 5. Each costs a training."
     )
+    committee: Literal["subsets", "checkpoints"] = Field(
+        "subsets",
+        description="How members differ: trained on subsets of the labels, or cheap checkpoints of one training, whose "
+        "votes are correlated.",
+    )
     near_duplicate_threshold: float = Field(
         0.99, gt=0, le=1, description="Cosine above which two images count as one when a batch is chosen."
     )
@@ -133,6 +138,8 @@ class ProjectSettings(BaseModel):
             raise ValueError(f"strategy {self.strategy!r} is unknown{_nearest(self.strategy, list(STRATEGIES))}")
         if self.committee_size in (1, 2):
             raise ValueError(f"committee_size {self.committee_size} is no committee: 3 to 5, or 0 for none")
+        if self.committee == "checkpoints" and self.epochs < self.committee_size:
+            raise ValueError(f"{self.epochs} epochs have no {self.committee_size} checkpoints: raise epochs")
         if self.strategy == "committee" and not self.committee_size:
             raise ValueError("strategy 'committee' needs committee_size, 3 to 5: the detectors a round trains")
         try:

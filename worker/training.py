@@ -114,6 +114,22 @@ def train(request: TrainRequest, progress: Callable[[TrainProgress], None]) -> T
     return run.finish(clock.total_seconds())
 
 
+def save_checkpoint(run_dir: Path, target: Path) -> None:
+    """The training's latest checkpoint as weights of their own. Call it from the progress callback, after an epoch.
+
+    Raises:
+        WeightsUnavailable: there is no checkpoint yet.
+    """
+    from ultralytics.utils.torch_utils import strip_optimizer
+
+    last = run_dir / "weights" / "last.pt"
+    if not last.is_file():
+        raise WeightsUnavailable(f"{run_dir} has no checkpoint yet: a training writes one at the end of each epoch.")
+    part = target.with_suffix(".part.pt")
+    strip_optimizer(str(last), s=str(part))
+    os.replace(part, target)
+
+
 def check_dataset_size(
     expected: Sequence[Path], found: Iterable[Path], why: Callable[[Path], str] = lambda _: ""
 ) -> None:

@@ -47,3 +47,20 @@ def test_a_task_that_comes_late_is_put_to_the_vote_too(stage: Any) -> None:
     assert row.disagreement is not None
     assert 0.5 <= row.published_score <= 1.0
     assert late in project.predictions()
+
+
+def test_checkpoints_of_one_training_are_a_cheap_committee_and_say_so(stage: Any) -> None:
+    settings = {"strategy": "committee", "committee_size": 3, "committee": "checkpoints", "epochs": 3}
+    project = stage.connected(12, batch_size=4, labels_per_round=4, **settings)
+    for task_id in stage.batch(project, 0):
+        project.label(task_id)
+    stage.work()
+    row = stage.round(project, 1)
+    assert row.state == "done", row.error
+    members = json.loads(row.report)["members"]
+    assert [(one["epoch"], one["correlated"]) for one in members] == [(1, True), (2, True)]
+    assert len({row.weights_sha256, *(one["sha256"] for one in members)}) == 3
+    with stage.services.store.read() as connection:
+        kinds = set(connection.execute(select(step_rows.c.kind).where(step_rows.c.round_id == row.id)).scalars())
+    assert "member" not in kinds
+    assert all(one.disagreement is not None for one in stage.scores_of(row).values())

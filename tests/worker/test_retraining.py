@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from worker.retraining import Ahead, member_part
+from worker.retraining import Ahead, checkpoint_epochs, member_part
+from worker.settings import ProjectSettings
 
 
 def test_members_see_four_fifths_and_not_the_same() -> None:
@@ -33,3 +34,11 @@ def test_images_are_fetched_ahead_once_each_and_in_any_order() -> None:
     assert [ahead(task_id) for task_id in range(20)] == [str(task_id).encode() for task_id in range(20)]
     assert sorted(asked) == list(range(20))
     assert Ahead(fetch, [1, 2])(99) == b"99"
+
+
+def test_checkpoints_are_spread_over_the_last_third() -> None:
+    cheap = {"strategy": "committee", "committee": "checkpoints"}
+    assert checkpoint_epochs(ProjectSettings(committee_size=3, epochs=60, **cheap)) == [40, 50]
+    assert checkpoint_epochs(ProjectSettings(committee_size=5, epochs=5, **cheap)) == [1, 2, 3, 4]
+    assert checkpoint_epochs(ProjectSettings(committee_size=3, epochs=60, strategy="committee")) == []
+    assert checkpoint_epochs(ProjectSettings()) == []
