@@ -149,15 +149,6 @@ def test_versions_are_those_of_all_rounds(client: TestClient) -> None:
     assert client.get("/versions").json() == {"versions": ["al-000000"]}
 
 
-def test_a_webhook_is_answered_fast_whatever_the_worker_does(client: TestClient) -> None:
-    publish(client)
-    client.post("/webhook", json=annotation(1, 1))
-    began = time.perf_counter()
-    for number in range(2, 22):
-        assert client.post("/webhook", json=annotation(number, 2)).status_code == 200
-    assert (time.perf_counter() - began) / 20 < 0.25  # Label Studio gives a second; 5 ms on an idle machine
-
-
 def test_labels_open_one_round_however_often_they_are_told(client: TestClient) -> None:
     publish(client, n_tasks=4)  # K is 3: extra_params; the published batch asked for 4
     details = [client.post("/webhook", json=annotation(number, number)).json()["detail"] for number in (1, 2, 3, 3, 4)]
@@ -467,9 +458,7 @@ def test_bodies_of_unknown_or_enormous_size_are_not_read(port: int) -> None:
 def test_health_needs_nobody(tmp_path: Path) -> None:
     alone = Settings(_env_file=None, data_dir=tmp_path, label_studio_url="http://127.0.0.1:9")
     with TestClient(create_app(alone)) as client:
-        began = time.perf_counter()
         assert client.get("/health").json() == {"status": "UP", "model_class": "HardfirstModel"}
-        assert time.perf_counter() - began < 1  # what Label Studio gives it
         assert client.post("/setup", json=SETUP).status_code == 200  # the sweeper will send it
         assert content_of_steps(client) == ["waiting"]
 

@@ -1,6 +1,5 @@
 import json
 import math
-import time
 
 import numpy as np
 import pytest
@@ -179,10 +178,8 @@ BOMB = (
     ],
 )
 def test_configs_that_cannot_be_used_say_why(config, says):
-    started = time.monotonic()
     with pytest.raises(LabelConfigUnsupported, match=says):
         LabelMap.from_config(config)
-    assert time.monotonic() - started < 2
 
 
 def test_classes_map_by_exact_then_lower_case_then_predicted_values():

@@ -365,11 +365,11 @@ def test_nobody_listening(label_studio):
 
 
 def test_a_label_studio_that_does_not_answer_in_time(label_studio):
-    label_studio.routes["/data/upload/1/a.png"] = lambda handler: time.sleep(1)
+    label_studio.routes["/data/upload/1/a.png"] = lambda handler: time.sleep(10)
     started = time.monotonic()
     with fetcher_for(label_studio, timeout=0.2) as fetcher, pytest.raises(LabelStudioUnavailable, match="ReadTimeout"):
         fetcher.fetch({"image": "/data/upload/1/a.png"}, "image")
-    assert time.monotonic() - started < 0.9
+    assert time.monotonic() - started < 9  # it did not wait for the answer
 
 
 def test_a_trickle_ends_at_the_deadline(label_studio):
@@ -388,7 +388,7 @@ def test_a_trickle_ends_at_the_deadline(label_studio):
     started = time.monotonic()
     with fetcher_for(label_studio, timeout=0.3) as fetcher, pytest.raises(ImageUnusable, match=r"more than 0.3 s"):
         fetcher.fetch({"image": "/data/upload/1/a.png"}, "image")
-    assert time.monotonic() - started < 2
+    assert time.monotonic() - started < 4  # the trickle lasts 5 s
 
 
 def test_a_body_cut_short(label_studio):
