@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import redis
+from hypothesis import settings
 
 from demo.label_studio_server import PYTHON_VARIABLE, LabelStudioServer
 from worker.processes import running_valkey
@@ -18,6 +19,12 @@ from worker.processes import running_valkey
 KEPT_VARIABLES = (PYTHON_VARIABLE, "HARDFIRST_CACHE")
 SETTINGS_PREFIXES = ("HARDFIRST_", "LABEL_STUDIO_")
 SETTINGS_NAMES = ("REDIS_URL", "DATABASE_URL")
+
+
+# No deadline: speed is not under test, and CI is busy. The same examples in each CI run: what fails there, fails again.
+settings.register_profile("here", deadline=None)
+settings.register_profile("ci", deadline=None, derandomize=True)
+settings.load_profile("ci" if os.environ.get("CI") else "here")
 
 
 def pytest_configure(config: pytest.Config) -> None:

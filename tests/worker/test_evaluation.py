@@ -237,7 +237,8 @@ def test_map_is_a_share_and_falls_with_the_threshold(seed: int) -> None:
     if result.map50 is None:
         assert len(truth.class_ids) == 0
         return
-    assert 0 <= result.map50_95 <= result.map50 <= 1
+    assert 0 <= result.map50_95 <= result.map50 + 1e-12  # a mean of ten equal numbers may round above them
+    assert result.map50 <= 1
     ap = average_precision(result.arrays, np.unique(truth.class_ids))
     assert (np.diff(ap, axis=1) <= 1e-12).all()
 
