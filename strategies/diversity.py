@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -19,8 +20,14 @@ Vector = NDArray[np.float64]
 
 # Up to this many numbers the arithmetic is done in float64, where ties are exact; above it in float32, twice as fast.
 _SMALL = 2**20
-# Numbers in one block of a distance or kernel matrix: 32 MB of float64, whatever the size of the pool.
-_BLOCK = 2**22
+# Numbers in one block of a distance or kernel matrix: 8 MB of float64, which a core's cache nearly holds.
+_BLOCK = 2**20
+# Above this share of candidates one product of whole blocks is cheaper than looking at each pair.
+_FEW_PAIRS = 0.02
+# More than float32 can move a cosine by.
+_SKETCH_ROUNDING = 1e-5
+# Rows that k-means learns its centroids from: all, or as many as these.
+_KMEANS_ROWS = 100_000
 # A spread of distances below this share of the embeddings' size is rounding, not diversity.
 _RELATIVE_NOISE = 1e-6
 # At h = 0.01 the rounding of float32 cosines moves the kernel by 0.2 %; at 0.001 it would be as wide as the kernel.
@@ -52,6 +59,8 @@ class KMeansScale:
 def fit_kmeans(embeddings: ArrayLike, n_clusters: int = 50) -> KMeansScale:
     """MiniBatchKMeans (Sculley 2010) with min(n_clusters, N) clusters, batches of 512, 3 starts and seed 42.
 
+    Above 100,000 rows the centroids come from a seeded draw of as many: its steps grow faster than the pool.
+
     Args: embeddings (N, D). An empty pool gives no centroids and the range [0, 0].
     Raises: InputInvalid for NaN, wrong shape or n_clusters < 1.
     """
@@ -64,13 +73,20 @@ def fit_kmeans(embeddings: ArrayLike, n_clusters: int = 50) -> KMeansScale:
 
     # One thread: batches of 512 gain nothing from two, and OpenMP threads that spin beside a training cost 10x.
     with threadpool_limits(limits=1):
-        model = MiniBatchKMeans(n_clusters=clusters, batch_size=512, n_init=3, random_state=42).fit(points)
+        model = MiniBatchKMeans(n_clusters=clusters, batch_size=512, n_init=3, random_state=42).fit(_drawn(points))
     centroids: Floats = model.cluster_centers_
     distances = nearest_distances(points, centroids)
     low, high = float(distances.min()), float(distances.max())
-    if high - low <= _RELATIVE_NOISE * float(np.abs(points).max()):
+    if high - low <= _RELATIVE_NOISE * float(max(points.max(), -points.min())):
         high = low
     return KMeansScale(centroids, low, high)
+
+
+def _drawn(points: Floats) -> Floats:
+    if len(points) <= _KMEANS_ROWS:
+        return points
+    chosen = np.random.default_rng(42).choice(len(points), _KMEANS_ROWS, replace=False)
+    return points[np.sort(chosen)]
 
 
 def kmeans_distance(embeddings: ArrayLike, n_clusters: int = 50) -> Vector:
@@ -97,15 +113,17 @@ def _beside(points: Floats, others: ArrayLike | None, name: str) -> Floats:
     return as_embeddings([] if others is None else others, name, points.shape[1] if len(points) else None)
 
 
-def _nearest_squares(points: Floats, others: Floats) -> Vector:
+def _nearest_squares(points: Floats, others: Floats, *, unit: bool = False) -> Vector:
     result = np.full(len(points), np.inf)
     if not len(points) or not len(others):
         return result
-    work, targets = _working(points, others)
+    work = _Arithmetic(points, others, unit=unit)
+    targets = work(others)
     squares = _squares(targets)
     for rows in _blocks(len(points), max(len(others), points.shape[1])):
-        nearest = np.argmin(squares - 2 * (work[rows] @ targets.T), axis=1)
-        result[rows] = _squares((work[rows] - targets[nearest]).astype(np.float64))
+        part = work(points[rows])
+        nearest = np.argmin(squares - 2 * (part @ targets.T), axis=1)
+        result[rows] = _squares((part - targets[nearest]).astype(np.float64))
     return result
 
 
@@ -164,8 +182,9 @@ def walk_k_center(
     anchors = _beside(points, labelled, "labelled")
     picks = min(as_count(k, "k"), len(points))
     candidates = _Candidates(len(points), duplicate_groups, duplicates_of_labelled)
-    (work,) = _working(points)
-    squares = _squares(work)
+    work = _Arithmetic(points)
+    rows = points.astype(work.dtype, copy=False)
+    squares = work.squares(points)
     nearest = _nearest_squares(points, anchors).astype(work.dtype)  # squares rank alike, and keep exact ties exact
     positions = np.zeros(picks, dtype=np.int64)
     pick_distances = np.zeros(picks)
@@ -173,7 +192,13 @@ def walk_k_center(
         best = int(np.argmax(np.where(candidates.ready(), nearest, -1)))
         positions[turn], pick_distances[turn] = best, math.sqrt(nearest[best])
         candidates.take(best)
-        distances = squares - 2 * (work @ work[best]) + squares[best]
+        centre = work(points[best])
+        # x.c around the middle, from rows as they are: moving all of them would take a second copy of the pool
+        distances = rows @ centre
+        distances -= work.dtype(work.middle.astype(np.float64) @ centre)
+        distances *= -2
+        distances += squares
+        distances += squares[best]
         np.minimum(nearest, np.maximum(distances, 0, out=distances), out=nearest)
         nearest[best] = 0
     return KCenterWalk(positions, pick_distances, np.sqrt(nearest.astype(np.float64)))
@@ -210,15 +235,15 @@ def walk_coverage(
     seed: int = 42,
 ) -> CoverageWalk:
     """`coverage` with its gains; rows of groups already taken (or labelled) wait until nothing else is left."""
-    points = unit_rows(as_embeddings(embeddings))
-    anchors = unit_rows(_beside(points, labelled, "labelled"))
+    points = as_embeddings(embeddings)
+    anchors = _beside(points, labelled, "labelled")
     picks = min(as_count(k, "k"), len(points))
     candidates = _Candidates(len(points), duplicate_groups, duplicates_of_labelled)
     weights = _coverage_weights(utilities, len(points))
     references = _references(weights, as_count(max_references, "max_references"), seed)
     bandwidth = coverage_bandwidth(anchors)
     covered = best_kernel(points[references], anchors, bandwidth)
-    gains = _LazyGains(_Kernel(points, points[references], bandwidth), weights[references], covered)
+    gains = _LazyGains(_Kernel(points, references, bandwidth), weights[references], covered)
     positions = np.zeros(picks, dtype=np.int64)
     pick_gains = np.zeros(picks)
     for turn in range(picks):
@@ -259,9 +284,10 @@ def coverage_bandwidth(labelled: ArrayLike) -> float:
     1 with fewer than two labelled points; when most are exact duplicates, the median of the positive distances (1 when
     there are none); never below 0.01.
     """
-    (points,) = _working(unit_rows(as_embeddings(labelled, "labelled")))
-    if len(points) < 2:
+    rows = as_embeddings(labelled, "labelled")
+    if len(rows) < 2:
         return 1.0
+    points = _Arithmetic(rows, unit=True)(rows)
     distances = _distances_to_next(points)
     median = float(np.median(distances))
     if median <= _RELATIVE_NOISE:
@@ -283,8 +309,9 @@ def _distances_to_next(points: Floats) -> Vector:
 
 def best_kernel(embeddings: ArrayLike, anchors: ArrayLike, bandwidth: float) -> Vector:
     """(M, D), (A, D) -> (M,) max_a k(x, a) in [0, 1] on L2-normalised rows: how covered x is; 0 without anchors."""
-    distances = nearest_distances(unit_rows(as_embeddings(embeddings)), unit_rows(as_embeddings(anchors, "anchors")))
-    result: Vector = np.exp(-((distances / bandwidth) ** 2))
+    points = as_embeddings(embeddings)
+    squares = _nearest_squares(points, _beside(points, anchors, "anchors"), unit=True)
+    result: Vector = np.exp(-squares / bandwidth**2)
     return result
 
 
@@ -303,18 +330,28 @@ def _references(weights: Vector, limit: int, seed: int) -> Integers:
 class _Kernel:
     """Rows of the (N, R) Gaussian kernel, computed when asked for: at 80,000 x 20,000 it would not fit in memory."""
 
-    def __init__(self, points: Floats, references: Floats, bandwidth: float) -> None:
-        work, targets = _working(points, references)
+    def __init__(self, points: Floats, references: Integers, bandwidth: float) -> None:
+        self._points = points
+        self._work = _Arithmetic(points, unit=True)
+        self.dtype = self._work.dtype
+        self.size, self.width = len(points), len(references)
         # One product gives the whole exponent: (2 x.r - |x|^2 - |r|^2) / h^2.
-        scale = np.asarray(bandwidth**-2, work.dtype)
-        self._left = np.column_stack([work, _squares(work), np.ones(len(work), work.dtype)])
-        self._right = np.column_stack([2 * targets, -np.ones(len(targets), work.dtype), -_squares(targets)]).T * scale
-        self.size = len(work)
-        self.width = len(targets)
-        self.dtype = work.dtype
+        self._right = np.empty((self.width, points.shape[1] + 2 if len(points) else 2), self.dtype)
+        for rows in _blocks(self.width, self._right.shape[1]):
+            targets = self._work(points[references[rows]])
+            self._right[rows, :-2] = 2 * targets
+            self._right[rows, -2] = -1
+            self._right[rows, -1] = -_squares(targets)
+        self._right *= self.dtype(bandwidth**-2)
 
-    def rows(self, positions: Integers | slice) -> Floats:
-        exponents = self._left[positions] @ self._right
+    def left(self, positions: Integers | slice) -> Floats:
+        """(n, D + 2) what `values` needs of rows of the pool."""
+        part = self._work(self._points[positions])
+        return np.column_stack([part, _squares(part), np.ones(len(part), self.dtype)])
+
+    def values(self, left: Floats, columns: slice) -> Floats:
+        """(n, R) of these rows and the references in `columns`."""
+        exponents = left @ self._right[columns].T
         np.minimum(exponents, 0, out=exponents)
         return np.exp(exponents, out=exponents)
 
@@ -322,6 +359,7 @@ class _Kernel:
 class _LazyGains:
     """Upper bounds on what each row would still add; brought up to date only for rows that may be the best."""
 
+    _TILE = 1024  # references weighed at once
     _FIRST, _LARGEST = 16, 512  # rows brought up to date at once: few when the first guess is right, more when not
 
     def __init__(self, kernel: _Kernel, weights: Vector, covered: Vector) -> None:
@@ -330,7 +368,7 @@ class _LazyGains:
         self._covered = covered.astype(kernel.dtype)
         self._bounds = np.zeros(kernel.size)
         self._fresh = np.ones(kernel.size, dtype=np.bool_)
-        for rows in _blocks(kernel.size, kernel.width):
+        for rows in _blocks(kernel.size, self._TILE):
             self._bounds[rows] = self._gains(rows)
 
     def best(self, allowed: Booleans) -> tuple[int, float]:
@@ -349,21 +387,24 @@ class _LazyGains:
             step = min(2 * step, self._LARGEST)
 
     def pick(self, position: int) -> None:
-        np.maximum(self._covered, self._kernel.rows(np.array([position]))[0], out=self._covered)
+        values = self._kernel.values(self._kernel.left(np.array([position])), slice(None))
+        np.maximum(self._covered, values[0], out=self._covered)
         self._fresh[:] = False
 
     def _update(self, positions: Integers) -> None:
-        for rows in _blocks(len(positions), self._kernel.width):
-            chosen = positions[rows]
-            # Bounds never rise, so rounding can not make a row look better than it was.
-            self._bounds[chosen] = np.minimum(self._bounds[chosen], self._gains(chosen))
+        # Bounds never rise, so rounding can not make a row look better than it was.
+        self._bounds[positions] = np.minimum(self._bounds[positions], self._gains(positions))
         self._fresh[positions] = True
 
     def _gains(self, rows: Integers | slice) -> Vector:
-        added = self._kernel.rows(rows)
-        added -= self._covered
-        np.maximum(added, 0, out=added)
-        return (added @ self._weights).astype(np.float64)
+        left = self._kernel.left(rows)
+        gains = np.zeros(len(left))
+        for columns in _blocks(self._kernel.width, _BLOCK // self._TILE):  # 4 MB each: what the cache holds
+            added = self._kernel.values(left, columns)
+            added -= self._covered[columns]
+            np.maximum(added, 0, out=added)
+            gains += added @ self._weights[columns]
+        return gains
 
 
 # --- near-duplicates -------------------------------------------------------------------------------------------
@@ -376,20 +417,22 @@ def near_duplicate_groups(embeddings: ArrayLike, threshold: float = 0.99) -> Int
         direction and is alone.
     Returns: (N,) group ids 0, 1, 2... numbered by first appearance; an empty pool gives (0,).
     Raises: InputInvalid for NaN, wrong shape or another threshold.
-    Memory: blocks of 4 million cosines; time O(N^2 D).
+    Memory: blocks of a million cosines; time O(N^2 D), in large pools mostly O(N^2 32) (see `_Sketch`).
     """
     limit = _threshold(threshold)
-    (points,) = _working(unit_rows(as_embeddings(embeddings)), centre=False)
+    points = as_embeddings(embeddings)
     groups = np.arange(len(points))
     if limit >= 1:
         return groups
+    work = _Arithmetic(points, unit=True, centre=False)
+    sketch = _Sketch(points, work) if work.dtype == np.float32 else None
     side = math.isqrt(_BLOCK)
     for row in range(0, len(points), side):
         for column in range(row, len(points), side):
-            close = points[row : row + side] @ points[column : column + side].T > limit
-            if close.any():
-                first, second = np.nonzero(close)
-                groups = _joined(groups, first + row, second + column)
+            rows, columns = slice(row, row + side), slice(column, column + side)
+            first, second = _close_pairs(points, work, sketch, groups, limit, rows, columns)
+            if len(first):
+                groups = _joined(groups, first, second)
     return _numbered_by_appearance(groups)
 
 
@@ -398,13 +441,72 @@ def near_duplicates_of_labelled(embeddings: ArrayLike, labelled: ArrayLike, thre
     limit = _threshold(threshold)
     points = as_embeddings(embeddings)
     others = _beside(points, labelled, "labelled")
-    work, targets = _working(unit_rows(points), unit_rows(others), centre=False)
     result = np.zeros(len(points), dtype=np.bool_)
-    if limit >= 1:
+    if limit >= 1 or not len(points):
         return result
-    for rows in _blocks(len(points), len(others)):
-        result[rows] = (work[rows] @ targets.T > limit).any(axis=1)
+    work = _Arithmetic(points, others, unit=True, centre=False)
+    targets = work(others).T
+    for rows in _blocks(len(points), max(len(others), points.shape[1])):
+        result[rows] = (work(points[rows]) @ targets > limit).any(axis=1)
     return result
+
+
+class _Sketch:
+    """Upper bounds on cosines from the few directions in which rows differ most.
+
+    Each row is its coordinates along them and the length of what is left of it: by Cauchy-Schwarz the product of two
+    such rows is at least their cosine.
+    """
+
+    _WIDTH = 32
+    _SAMPLE = 4096
+
+    def __init__(self, points: Floats, work: _Arithmetic) -> None:
+        sample = work(_spread(points, self._SAMPLE)).astype(np.float64)
+        directions = np.linalg.eigh(sample.T @ sample)[1][:, ::-1][:, : self._WIDTH - 1]
+        self.rows = np.empty((len(points), directions.shape[1] + 1), np.float32)
+        for rows in _blocks(len(points), points.shape[1]):
+            part = work(points[rows]).astype(np.float64)
+            along = part @ directions
+            self.rows[rows, :-1] = along
+            self.rows[rows, -1] = np.sqrt(np.maximum(_squares(part) - _squares(along), 0))
+
+    def above(self, rows: slice, columns: slice, limit: float) -> Booleans:
+        """Pairs whose cosine may exceed the limit; the others do not."""
+        result: Booleans = self.rows[rows] @ self.rows[columns].T > limit - _SKETCH_ROUNDING
+        return result
+
+
+def _close_pairs(
+    points: Floats,
+    work: _Arithmetic,
+    sketch: _Sketch | None,
+    groups: Integers,
+    limit: float,
+    rows: slice,
+    columns: slice,
+) -> tuple[Integers, Integers]:
+    """Rows of the pool, pairwise, with a cosine above the limit; pairs of one group may be left out."""
+    if sketch is not None:
+        close = sketch.above(rows, columns, limit)
+        count = int(np.count_nonzero(close))
+        if count <= _FEW_PAIRS * close.size:
+            first, second = np.divmod(np.flatnonzero(close), close.shape[1])
+            first, second = first + rows.start, second + columns.start
+            apart = groups[first] != groups[second]
+            return _confirmed(points, work, first[apart], second[apart], limit)
+    first, second = np.nonzero(work(points[rows]) @ work(points[columns]).T > limit)
+    return first + rows.start, second + columns.start
+
+
+def _confirmed(
+    points: Floats, work: _Arithmetic, first: Integers, second: Integers, limit: float
+) -> tuple[Integers, Integers]:
+    close = np.zeros(len(first), dtype=np.bool_)
+    for pairs in _blocks(len(first), points.shape[1]):
+        cosines = np.einsum("ij,ij->i", work(points[first[pairs]]), work(points[second[pairs]]))
+        close[pairs] = cosines > limit
+    return first[close], second[close]
 
 
 def unit_rows(embeddings: Floats) -> Floats:
@@ -443,18 +545,42 @@ def _numbered_by_appearance(groups: Integers) -> Integers:
 # --- arithmetic ------------------------------------------------------------------------------------------------
 
 
-def _working(*matrices: Floats, centre: bool = True) -> tuple[Floats, ...]:
-    """Small matrices in float64, where small examples are exact; large ones in float32 around their common centre.
+class _Arithmetic:
+    """Rows as they are computed with: small inputs in float64, where small examples are exact; large ones in float32.
 
     |x|^2 - 2xy + |y|^2 loses digits when all points lie far from 0 and near each other; distances do not change when
-    the points move, so the mean of the first matrix is taken off. Cosines do change: `centre=False` for those.
+    the points move, so in float32 they move by `middle`, about the mean of the first matrix. Cosines do change:
+    `centre=False` for those. Rows are made when asked for: a second copy of a large pool is what memory is spent on.
     """
-    if sum(matrix.size for matrix in matrices) <= _SMALL:
-        return tuple(matrix.astype(np.float64, copy=False) for matrix in matrices)
-    if not centre or not len(matrices[0]):
-        return tuple(matrix.astype(np.float32, copy=False) for matrix in matrices)
-    middle = matrices[0].mean(axis=0, dtype=np.float64)
-    return tuple((matrix - middle.astype(matrix.dtype)).astype(np.float32, copy=False) for matrix in matrices)
+
+    def __init__(self, *matrices: Floats, unit: bool = False, centre: bool = True) -> None:
+        small = sum(matrix.size for matrix in matrices) <= _SMALL
+        self.dtype: type[np.floating[Any]] = np.float64 if small else np.float32
+        self._unit = unit
+        self.middle: Floats = np.zeros(matrices[0].shape[1], self.dtype)
+        self._centred = False
+        if centre and not small and len(matrices[0]):
+            self.middle = self(_spread(matrices[0], 4096)).mean(axis=0, dtype=np.float64).astype(np.float32)
+            self._centred = True
+
+    def __call__(self, rows: Floats) -> Floats:
+        """(n, D), or one row (D,), of a matrix -> the same, scaled to unit length if so wished, around the middle."""
+        part = unit_rows(rows) if self._unit else rows
+        if self._centred:
+            part = part - self.middle
+        return part.astype(self.dtype, copy=False)
+
+    def squares(self, rows: Floats) -> Floats:
+        """(N, D) -> (N,) squared lengths."""
+        result: Floats = np.empty(len(rows), self.dtype)
+        for some in _blocks(len(rows), rows.shape[1] if len(rows) else 1):
+            result[some] = _squares(self(rows[some]))
+        return result
+
+
+def _spread(matrix: Floats, count: int) -> Floats:
+    """At most `count` rows, evenly from the whole matrix."""
+    return matrix[:: -(-len(matrix) // count) or 1]
 
 
 def _squares(matrix: Floats) -> Floats:

@@ -84,12 +84,13 @@ class Pool:
             raise PoolInvalid(f"The key {twice!r} appears more than once. Give every image one row.")
 
         labelled: ArrayLike = [] if labelled_embeddings is None else labelled_embeddings
+        in_order = bool((order[:-1] < order[1:]).all())
 
         def sort(value: Any, name: str) -> Any:
             rows = _rows(value, name)
             if len(rows) != len(order):
                 raise PoolInvalid(f"{name} has {len(rows)} rows, but there are {len(order)} keys.")
-            return rows[order]
+            return rows if in_order else rows[order]  # a copy of the embeddings is what memory is spent on
 
         return cls(
             keys=names[order],

@@ -77,6 +77,18 @@ def test_kmeans_distance_is_the_documented_formula():
     assert kmeans_distance(points) == pytest.approx(expected, abs=1e-9)
 
 
+def test_kmeans_of_a_large_pool_learns_from_a_draw_and_measures_all(monkeypatch):
+    points = np.repeat([[0.0, 0.0], [10.0, 0.0]], 30, axis=0)  # any ten of both kinds know both centroids
+    points[59] = [10.0, 4.0]
+    monkeypatch.setattr(diversity, "_KMEANS_ROWS", 20)
+    fit = fit_kmeans(points, 2)
+    drawn = np.random.default_rng(42).choice(60, 20, replace=False)
+    assert 59 not in drawn
+    assert sorted(fit.centroids.tolist()) == [[0.0, 0.0], [10.0, 0.0]]
+    assert fit.diversity(points).tolist() == [0.0] * 59 + [1.0]
+    assert (fit.low, fit.high) == (0.0, 4.0)
+
+
 def test_kmeans_scale_by_hand():
     # to the nearer of 0 and 10: distances 0, 3, 1, 5, 6 on the range 1 to 5
     scale = KMeansScale(np.array([[0.0], [10.0]]), 1.0, 5.0)
@@ -348,6 +360,34 @@ def test_groups_equal_a_flood_fill(points, threshold):
                 group[row] = number
                 queue += [o for o in range(len(points)) if group[o] < 0 and cosines[row, o] > threshold]
     assert near_duplicate_groups(points, threshold).tolist() == group
+
+
+@pytest.mark.parametrize("few_pairs", [0.0, 0.02, 1.0])  # whole blocks, either, pair by pair
+@pytest.mark.parametrize("threshold", [-0.2, 0.5, 0.9, 0.99])
+def test_groups_of_a_large_pool_equal_those_of_all_cosines(monkeypatch, few_pairs, threshold):
+    rng = np.random.default_rng(11)
+    points = rng.normal(size=(150, 40))[rng.integers(0, 150, 400)] + rng.normal(size=(400, 40)) * 0.15 + 0.5
+    points[7] = 0
+    points = points.astype(np.float32)
+    expected = near_duplicate_groups(points, threshold)  # in float64
+    monkeypatch.setattr(diversity, "_SMALL", 0)
+    monkeypatch.setattr(diversity, "_BLOCK", 3000)
+    monkeypatch.setattr(diversity, "_FEW_PAIRS", few_pairs)
+    assert near_duplicate_groups(points, threshold).tolist() == expected.tolist()
+    if threshold == 0.9:
+        assert 100 < expected.max() + 1 < 300
+
+
+def test_the_sketch_never_rules_out_a_pair():
+    rng = np.random.default_rng(12)
+    points = unit_rows((rng.normal(size=(300, 64)) * np.linspace(3, 0.01, 64) + 0.2).astype(np.float32))
+    work = diversity._Arithmetic(points, unit=True, centre=False)
+    sketch = diversity._Sketch(points, work).rows
+    assert sketch.shape == (300, 32)
+    slack = sketch @ sketch.T - points @ points.T
+    assert slack.min() >= -1e-6
+    assert (slack <= 2 * np.outer(sketch[:, -1], sketch[:, -1]) + 1e-6).all()  # |r||s| - r.s of what is left
+    assert 0.2 < sketch[:, -1].mean() < 0.5
 
 
 def test_groups_of_duplicates_zeros_and_nothing():
