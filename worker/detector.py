@@ -6,18 +6,21 @@ torch and ultralytics are imported inside functions: `prepare_ultralytics` must 
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
 import os
 import re
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import httpx
 import numpy as np
@@ -27,9 +30,12 @@ from PIL import Image
 from worker.errors import ArtifactDamaged, ImageUnusable, SettingsInvalid, WeightsUnavailable
 from worker.evaluation import Detections
 from worker.images import to_rgb, upright
+from worker.openvino_backend import OpenVinoForward, cached_graph
 
 if TYPE_CHECKING:
     import torch
+
+log = logging.getLogger(__name__)
 
 DEFAULT_WEIGHTS = "yolo11n.pt"
 ASSETS_URL = "https://github.com/ultralytics/assets/releases/download/v8.4.0"  # the release ultralytics 8.4 itself uses
@@ -295,6 +301,18 @@ class _Framed:
         return (boxes_xyxy - shift) / gain
 
 
+@dataclass(frozen=True)
+class _Look:
+    """What a pass says of B images."""
+
+    probabilities: torch.Tensor  # (B, C, anchors)
+    embeddings: Floats  # (B, D)
+    boxes: Callable[[int, torch.Tensor], torch.Tensor]  # row, (n,) anchors -> (4, n) xywh in the frame
+
+
+_Pass: TypeAlias = "tuple[list[int], Future[_Look]]"  # positions, what is seen there
+
+
 class Detector:
     """A loaded YOLO detector. One forward pass per image; safe to share between threads (they take turns)."""
 
@@ -304,10 +322,10 @@ class Detector:
         self.half = half
         self.names: dict[int, str] = {int(key): str(value) for key, value in model.names.items()}
         self.stride = max(int(model.stride.max()), 32)
-        self._model = model
-        self._lock = threading.Lock()
-        self._features: torch.Tensor | None = None
-        model.model[len(model.yaml["backbone"]) - 1].register_forward_hook(self._keep_features)
+        self._network = _with_features(model)
+        self._turns = ThreadPoolExecutor(1, thread_name_prefix="forward")  # one pass at a time, whoever asks
+        self._start_openvino: Callable[[], OpenVinoForward] | None = None
+        self._openvino: OpenVinoForward | None = None
         self.embedding_size = int(self._forward(np.zeros((1, self.stride, self.stride, 3), np.uint8))[1].shape[1])
 
     @classmethod
@@ -319,6 +337,8 @@ class Detector:
         *,
         half: bool | None = None,
         threads: int | None = None,
+        backend: str = "auto",
+        cache: Path | None = None,
     ) -> Detector:
         """Load the weights at `path`.
 
@@ -327,29 +347,42 @@ class Detector:
             device: see `pick_device`.
             expected_sha256: what the file must hash to.
             half: 16-bit arithmetic. Default: on CUDA only. Give False for `collect_detections`, as `model.val` does.
-            threads: torch's threads, of the whole process, on CPU. Default: ultralytics' choice, one less than cores.
+            threads: of a pass on CPU; torch's, of the whole process. Default: ultralytics' choice, one less than cores.
+            backend: what `score` computes with. "openvino" (CPU only, 32 bits; where it cannot run these weights torch
+                does, after a warning), "torch", or "auto": openvino on CPU, torch elsewhere.
+            cache: folder of the weights exported to OpenVINO. Default: in ultralytics' configuration folder.
 
         Raises:
             WeightsUnavailable: no such file, or not the weights of a YOLO detector.
             ArtifactDamaged: the file is not the recorded one.
-            SettingsInvalid: no such device.
+            SettingsInvalid: no such device or backend.
         """
         file = _readable(Path(path))
         if not file.is_file():
             raise WeightsUnavailable(f"There are no weights at {file}.")
-        if expected_sha256 is not None and (found := sha256_of(file)) != expected_sha256:
+        found = sha256_of(file)
+        if expected_sha256 is not None and found != expected_sha256:
             raise ArtifactDamaged(
                 f"The weights at {file} have SHA-256 {found[:12]}..., recorded was {expected_sha256[:12]}.... "
                 "Start a round to make new ones."
             )
         load_ultralytics()
         chosen = pick_device(device)
+        use_openvino = _use_openvino(backend, chosen, half)
         if chosen.type == "cpu":
             set_threads(threads)
         model = _one_to_many(load_model(file))
         use_half = chosen.type == "cuda" if half is None else half
         model = model.fuse(verbose=False).to(chosen).eval().requires_grad_(False)
-        return cls(model.half() if use_half else model.float(), chosen, use_half)
+        detector = cls(model.half() if use_half else model.float(), chosen, use_half)
+        if use_openvino:  # when it is first needed: an evaluation never does
+            detector._start_openvino = partial(detector._load_openvino, found, cache or _default_cache())
+        return detector
+
+    @property
+    def backend(self) -> str:
+        """What `score` computes with: openvino or torch."""
+        return "torch" if self._start_openvino is None else "openvino"
 
     def score(
         self,
@@ -359,72 +392,139 @@ class Detector:
         low: float = 0.05,
         batch: int = 8,
     ) -> list[ImageScore]:
-        """Score images, in their order: boxes, class probabilities and embedding of one forward pass each.
-
-        An image's frame is fixed by its own size (longest side to `imgsz`, padded to the stride, as `model.predict`
-        frames a single image), and only images of one frame share a pass: a result never depends on its neighbours.
-
-        Args:
-            images: any mode and size; an EXIF rotation is applied.
-            imgsz: longest side, pixels; rounded up to the model's stride.
-            confidence: boxes are drawn from here on (`ImageScore.drawn`).
-            low: candidates are kept from here on.
-            batch: images in one pass.
+        """`score_each`, all at once.
 
         Raises:
             ImageUnusable: an image cannot be decoded.
         """
-        framed = [_frame_for_predict(displayed(image), self._round(imgsz), self.stride) for image in images]
-        results: dict[int, ImageScore] = {}
-        for positions in _same_frames(framed, batch):
-            group = [framed[position] for position in positions]
-            for position, score in zip(positions, self._score(group, confidence, low), strict=True):
-                results[position] = score
-        return [results[position] for position in range(len(framed))]
-
-    def _score(self, group: list[_Framed], confidence: float, low: float) -> list[ImageScore]:
-        prediction, embeddings = self._forward(np.stack([frame.pixels for frame in group]))
-        kept, indices = _suppress(prediction, min(low, confidence), multi_label=False)
-        probabilities = prediction[:, 4:]
-        best = probabilities.amax(1).argmax(1)
-        scores = []
-        for row, frame in enumerate(group):
-            rows = kept[row].cpu().numpy().astype(np.float32)
-            at = indices[row].long()  # an empty one is float
-            inside = np.array([frame.width, frame.height] * 2, np.float32)
-            scores.append(
-                ImageScore(
-                    boxes_xyxy=np.clip(frame.to_image(rows[:, :4]), 0, inside),
-                    confidences=rows[:, 4],
-                    class_ids=rows[:, 5].astype(np.int64),
-                    probabilities=probabilities[row][:, at.view(-1)].T.cpu().numpy(),
-                    best_candidate=probabilities[row][:, best[row]].cpu().numpy(),
-                    embedding=embeddings[row],
-                    width=frame.width,
-                    height=frame.height,
-                    drawn=int((rows[:, 4] >= confidence).sum()),
-                )
-            )
+        scores: list[ImageScore] = []
+        for score in self.score_each(images, imgsz, confidence, low, batch):
+            if isinstance(score, ImageUnusable):
+                raise score
+            scores.append(score)
         return scores
 
+    def score_each(
+        self,
+        images: Iterable[Image.Image | ImageUnusable],
+        imgsz: int,
+        confidence: float = 0.25,
+        low: float = 0.05,
+        batch: int = 8,
+    ) -> Iterator[ImageScore | ImageUnusable]:
+        """Score images, in their order: boxes, class probabilities and embedding of one forward pass each.
+
+        An image's frame is fixed by its own size (longest side to `imgsz`, padded to the stride, as `model.predict`
+        frames a single image), and only images of one frame share a pass: a result never depends on its neighbours.
+        While a pass is computed the next images are taken and framed, and the caller has the scores before it.
+
+        Args:
+            images: any mode and size; an EXIF rotation is applied. Taken a few ahead of the scores. What is unusable
+                already is handed on in its place.
+            imgsz: longest side, pixels; rounded up to the model's stride.
+            confidence: boxes are drawn from here on (`ImageScore.drawn`).
+            low: candidates are kept from here on.
+            batch: images in one pass of torch; OpenVINO gains nothing by more than one.
+
+        Yields:
+            a score for each image, or why it has none.
+        """
+        before: list[_Framed | ImageUnusable] = []
+        passes: list[_Pass] = []
+        framed = (self._framed_or_reason(image, imgsz) for image in images)
+        while window := list(islice(framed, 2 * batch if self._start_openvino is None else 1)):
+            following = self._submit(window, batch)
+            yield from _in_order(before, passes, confidence, low)
+            before, passes = window, following
+        yield from _in_order(before, passes, confidence, low)
+
+    def _framed_or_reason(self, image: Image.Image | ImageUnusable, imgsz: int) -> _Framed | ImageUnusable:
+        try:
+            if isinstance(image, ImageUnusable):
+                return image
+            return _frame_for_predict(displayed(image), self._round(imgsz), self.stride)
+        except ImageUnusable as error:
+            return error
+
+    def _submit(self, window: Sequence[_Framed | ImageUnusable], batch: int) -> list[_Pass]:
+        good = {position: frame for position, frame in enumerate(window) if isinstance(frame, _Framed)}
+        passes = []
+        for positions in _same_frames({position: frame.pixels.shape for position, frame in good.items()}, batch):
+            pixels = np.stack([good[position].pixels for position in positions])
+            passes.append((positions, self._turns.submit(self._look, pixels)))
+        return passes
+
     def _forward(self, pixels: Pixels) -> tuple[torch.Tensor, Floats]:
-        """(B, h, w, 3) pixels -> (B, 4 + C, anchors) float32 boxes xywh and probabilities, and (B, D) embeddings."""
+        """(B, h, w, 3) pixels -> (B, 4 + C, anchors) float32 boxes xywh and probabilities, and (B, D) embeddings.
+
+        Always by torch, so that what is measured never depends on the backend.
+        """
+        return self._turns.submit(self._forward_torch, pixels).result()
+
+    def _forward_torch(self, pixels: Pixels) -> tuple[torch.Tensor, Floats]:
         import torch
 
-        with self._lock, torch.inference_mode():
+        with torch.inference_mode():
             tensor = torch.from_numpy(pixels).to(self.device).permute(0, 3, 1, 2).contiguous()
-            prediction = self._model((tensor.half() if self.half else tensor.float()).div_(255))
-            features = self._features
-        assert features is not None  # the hook ran
-        prediction = (prediction[0] if isinstance(prediction, tuple) else prediction).float()
-        if not bool(torch.isfinite(prediction).all()):
-            raise ArtifactDamaged("The detector answers with values that are not numbers. Start a round for a new one.")
-        if self.device.type == "mps":
-            prediction = prediction.cpu()  # NMS is not dependable there
-        return prediction, _unit_length(features.float().mean((2, 3)).cpu().numpy())
+            prediction, features = self._network((tensor.half() if self.half else tensor.float()).div_(255))
+            prediction = prediction.float()
+            if self.device.type == "mps":
+                prediction = prediction.cpu()  # NMS is not dependable there
+            return _finite(prediction), _unit_length(features.float().cpu().numpy())
 
-    def _keep_features(self, _module: Any, _inputs: Any, output: torch.Tensor) -> None:
-        self._features = output
+    def _look(self, pixels: Pixels) -> _Look:
+        """By OpenVINO where that is chosen and can, else by torch."""
+        import torch
+
+        if self._start_openvino is not None and len(pixels) == 1:
+            try:
+                self._openvino = self._openvino or self._start_openvino()
+                features, probabilities, *levels = map(torch.from_numpy, self._openvino(pixels))
+            except Exception as error:  # noqa: BLE001  # whatever a conversion raises: torch needs none
+                log.warning("OpenVINO cannot run this detector, torch does, slower: %s", first_line(error))
+                self._start_openvino = self._openvino = None
+            else:
+                boxes = partial(_boxes_of, self._network.model.model[-1], levels)
+                return _Look(_finite(probabilities), _unit_length(features.numpy()), boxes)
+        prediction, embeddings = self._forward_torch(pixels)
+        return _Look(prediction[:, 4:], embeddings, lambda row, anchors: prediction[row][:4, anchors])
+
+    def _load_openvino(self, sha256: str, cache: Path) -> OpenVinoForward:
+        import torch
+
+        return OpenVinoForward(cached_graph(cache, sha256, self._export), torch.get_num_threads())
+
+    def _export(self) -> Any:
+        """The network but for its boxes as an openvino.Model of (1, h, w, 3) uint8; checked, boxes too, against torch.
+
+        Raises:
+            ArtifactDamaged: it answers otherwise.
+        """
+        import openvino
+        import torch
+
+        model = self._network.model
+        _expect_plain_box_head(model.model[-1])
+        example = torch.from_numpy(_noise(self.stride, self.stride))
+        graph = openvino.convert_model(
+            _traced(model, example), example_input=example, input=[openvino.PartialShape([1, -1, -1, 3])]
+        )
+        pixels = _noise(5 * self.stride, 7 * self.stride)
+        prediction, embeddings = self._forward_torch(pixels)
+        features, probabilities, *levels = map(
+            torch.from_numpy, OpenVinoForward(graph, torch.get_num_threads())(pixels)
+        )
+        everywhere = torch.arange(prediction.shape[2])
+        for anchors in (everywhere, everywhere[::11]):  # whole levels, and neighbourhoods, corners among them
+            boxes = _boxes_of(model.model[-1], levels, 0, anchors)
+            if not np.allclose(boxes, prediction[0][:4, anchors], rtol=1e-4, atol=0.05):
+                raise ArtifactDamaged("the exported network finds other boxes than torch")
+        # noise is the hardest image: on others they differ by a hundredth of this
+        if not np.allclose(probabilities, prediction[:, 4:], atol=1e-3):
+            raise ArtifactDamaged("the exported network gives other probabilities than torch")
+        if not np.allclose(_unit_length(features.numpy()), embeddings, atol=1e-3):
+            raise ArtifactDamaged("the exported network gives other embeddings than torch")
+        return graph
 
     def _round(self, imgsz: int) -> int:
         return math.ceil(imgsz / self.stride) * self.stride
@@ -459,7 +559,7 @@ def collect_detections(
     while chunk := list(islice(frames, 4 * batch)):
         framed = [frame for _, frame in chunk]
         results: dict[int, Floats] = {}
-        for positions in _same_frames(framed, batch):
+        for positions in _same_frames({at: frame.pixels.shape for at, frame in enumerate(framed)}, batch):
             prediction, _ = detector._forward(np.stack([framed[position].pixels for position in positions]))
             kept, _ = _suppress(prediction, EVALUATION_CONFIDENCE, multi_label=True)
             for position, rows in zip(positions, kept, strict=True):
@@ -532,10 +632,202 @@ def _one_to_many(model: Any) -> Any:
     return model
 
 
+def _with_features(model: Any) -> Any:
+    """The network as a module of (B, 3, h, w) -> raw output (B, 4 + C, anchors), features (B, D).
+
+    The features are the means of the last backbone layer.
+    """
+    import torch
+
+    class WithFeatures(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+            self.features: torch.Tensor | None = None
+            model.model[len(model.yaml["backbone"]) - 1].register_forward_hook(self.keep_features)
+
+        def keep_features(self, _module: Any, _inputs: Any, output: torch.Tensor) -> None:
+            self.features = output
+
+        def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            prediction = self.model(images)
+            assert self.features is not None  # the hook ran
+            features, self.features = self.features, None
+            return prediction[0] if isinstance(prediction, tuple) else prediction, features.mean((2, 3))
+
+    return WithFeatures().eval()
+
+
+def _traced(model: Any, example: torch.Tensor) -> Any:
+    """TorchScript of (1, h, w, 3) uint8, any h and w -> features, probabilities, and what the box head looks at.
+
+    Boxes are wanted of the few anchors that see something, and the layers for them are a sixth of the work: they stay
+    outside, see `_boxes_of`. The levels are (1, h, w, channels), which is how OpenVINO has them.
+    """
+    import torch
+
+    class WithoutBoxes(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, pixels: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            *layers, head = self.model.model
+            kept: list[Any] = []
+            features, at = None, pixels.permute(0, 3, 1, 2).float() / 255
+            for number, layer in enumerate(layers):  # as the model's own _predict_once
+                at = layer(_inputs(layer, at, kept))
+                kept.append(at if layer.i in self.model.save else None)
+                if number == len(self.model.yaml["backbone"]) - 1:
+                    features = at.mean((2, 3))
+            levels = _inputs(head, at, kept)
+            logits = [branch(level).flatten(2) for branch, level in zip(head.cv3, levels, strict=True)]
+            return features, torch.cat(logits, 2).sigmoid(), *(level.permute(0, 2, 3, 1) for level in levels)
+
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the tracer's, of ultralytics' Python branches; the result is checked
+        trace: Any = torch.jit.trace  # untyped
+        return trace(WithoutBoxes().eval(), example, strict=False, check_trace=False)
+
+
+def _inputs(layer: Any, last: Any, kept: Sequence[Any]) -> Any:
+    if isinstance(layer.f, int):
+        return last if layer.f == -1 else kept[layer.f]
+    return [last if source == -1 else kept[source] for source in layer.f]
+
+
+def _expect_plain_box_head(head: Any) -> None:
+    for first, second, last in head.cv2:
+        for conv in (first.conv, second.conv):
+            form = (conv.kernel_size, conv.stride, conv.padding, conv.dilation)
+            if form != ((3, 3), (1, 1), (1, 1), (1, 1)) or conv.padding_mode != "zeros":
+                raise NotImplementedError(f"its box head has a layer {conv}")
+        if last.kernel_size != (1, 1):
+            raise NotImplementedError(f"its box head has a layer {last}")
+
+
+def _boxes_of(head: Any, levels: Sequence[torch.Tensor], row: int, anchors: torch.Tensor) -> torch.Tensor:
+    """The boxes of some anchors: (4, n) xywh in the frame.
+
+    Args:
+        head: ultralytics' Detect.
+        levels: (1, h, w, channels) each, what it looks at.
+        row: 0.
+        anchors: (n,) rising, as the head counts them.
+    """
+    import torch
+
+    parts, centres, strides, start = [], [], [], 0
+    with torch.inference_mode():
+        for branch, level, stride in zip(head.cv2, levels, head.stride, strict=True):
+            height, width = level.shape[1:3]
+            at = anchors[(anchors >= start) & (anchors < start + height * width)] - start
+            start += height * width
+            if len(at):
+                near = len(at) * 10 < height * width  # else the whole level is cheaper
+                parts.append(_branch_at(branch, level, at) if near else _branch(branch, level)[:, at])
+                centres.append(torch.stack([at % width, at // width]) + 0.5)
+                strides.append(stride.expand(len(at)))
+        if not parts:
+            return torch.zeros((4, 0))
+        distances = head.dfl(torch.cat(parts, 1)[None])
+        return _finite((head.decode_bboxes(distances, torch.cat(centres, 1)[None]) * torch.cat(strides))[0])
+
+
+def _branch(branch: Any, level: torch.Tensor) -> torch.Tensor:
+    """(1, h, w, channels) -> (4 * reg_max, h * w)"""
+    result: torch.Tensor = branch(level.permute(0, 3, 1, 2))[0].flatten(1)
+    return result
+
+
+def _branch_at(branch: Any, level: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
+    """As `_branch` at (n,) places: from their 5x5 neighbourhoods, through two layers of 3x3 and one of 1x1."""
+    import torch
+    from torch.nn.functional import conv2d
+
+    first, second, last = branch
+    height, width, channels = level.shape[1:]
+    near = torch.arange(-2, 3)
+    rows = (at // width)[:, None, None] + near[:, None]  # (n, 5, 1)
+    columns = (at % width)[:, None, None] + near  # (n, 1, 5)
+    inside = (rows >= 0) & (rows < height) & (columns >= 0) & (columns < width)  # around it the layers see zeros
+    places = rows.clamp(0, height - 1) * width + columns.clamp(0, width - 1)
+    patches = level.reshape(-1, channels)[places] * inside[..., None]
+    x = first.act(conv2d(patches.permute(0, 3, 1, 2), first.conv.weight, first.conv.bias, groups=first.conv.groups))
+    x = second.act(
+        conv2d(x * inside[:, None, 1:4, 1:4], second.conv.weight, second.conv.bias, groups=second.conv.groups)
+    )
+    result: torch.Tensor = last(x)[:, :, 0, 0].T
+    return result
+
+
+def _noise(height: int, width: int) -> Pixels:
+    return np.random.default_rng(0).integers(0, 256, (1, height, width, 3), dtype=np.uint8)
+
+
+def _finite(prediction: torch.Tensor) -> torch.Tensor:
+    if not math.isfinite(float(prediction.sum())):  # many times cheaper than to look at each value
+        raise ArtifactDamaged("The detector answers with values that are not numbers. Start a round for a new one.")
+    return prediction
+
+
+def _in_order(
+    framed: Sequence[_Framed | ImageUnusable], passes: Iterable[_Pass], confidence: float, low: float
+) -> Iterator[ImageScore | ImageUnusable]:
+    scores: dict[int, ImageScore] = {}
+    for positions, future in passes:
+        group = [frame for position in positions if isinstance(frame := framed[position], _Framed)]
+        scores.update(zip(positions, _image_scores(group, future.result(), confidence, low), strict=True))
+    for position, frame in enumerate(framed):
+        yield frame if isinstance(frame, ImageUnusable) else scores[position]
+
+
+def _image_scores(group: Sequence[_Framed], look: _Look, confidence: float, low: float) -> Iterator[ImageScore]:
+    import torch
+
+    least = min(low, confidence)
+    most = look.probabilities.amax(1)  # (B, anchors)
+    best = most.argmax(1)
+    for row, frame in enumerate(group):
+        anchors = (most[row] > least).nonzero()[:, 0]
+        probabilities = look.probabilities[row][:, anchors]
+        kept, indices = _suppress(torch.cat([look.boxes(row, anchors), probabilities])[None], least, multi_label=False)
+        rows = kept[0].cpu().numpy().astype(np.float32)
+        at = indices[0].long().view(-1)  # an empty one is float
+        inside = np.array([frame.width, frame.height] * 2, np.float32)
+        yield ImageScore(
+            boxes_xyxy=np.clip(frame.to_image(rows[:, :4]), 0, inside),
+            confidences=rows[:, 4],
+            class_ids=rows[:, 5].astype(np.int64),
+            probabilities=probabilities[:, at].T.cpu().numpy(),
+            best_candidate=look.probabilities[row][:, best[row]].cpu().numpy(),
+            embedding=look.embeddings[row],
+            width=frame.width,
+            height=frame.height,
+            drawn=int((rows[:, 4] >= confidence).sum()),
+        )
+
+
+def _use_openvino(backend: str, device: torch.device, half: bool | None) -> bool:
+    if backend not in ("auto", "torch", "openvino"):
+        raise SettingsInvalid(f"backend {backend!r} is unknown. Use auto, torch or openvino.")
+    possible = device.type == "cpu" and not half
+    if backend == "openvino" and not possible:
+        raise SettingsInvalid(f"backend openvino computes on the CPU in 32 bits, not on {device.type}, half={half}.")
+    return possible and backend != "torch"
+
+
+def _default_cache() -> Path:
+    return Path(os.environ.get("YOLO_CONFIG_DIR") or _fallback_config_dir()) / "openvino"
+
+
 def _suppress(prediction: torch.Tensor, confidence: float, multi_label: bool) -> tuple[Any, Any]:
     """Per image (n, 6) xyxy, confidence, class by falling confidence, and the anchors they come from."""
+    from torch.nn.functional import pad
     from ultralytics.utils.nms import non_max_suppression
 
+    if prediction.shape[-1] == 6:  # it would be taken for the answer of an end-to-end network: one more, of nothing
+        prediction = pad(prediction, (0, 1))
     return non_max_suppression(  # type: ignore[no-any-return]
         prediction,
         confidence,
@@ -579,10 +871,11 @@ def _framed(rgb: Pixels, new: tuple[int, int], frame: tuple[int, int]) -> _Frame
     return _Framed(pixels, width, height, left, top, gain_x=new[1] / width, gain_y=new[0] / height)
 
 
-def _same_frames(framed: Sequence[_Framed], batch: int) -> Iterator[list[int]]:
+def _same_frames(shapes: Mapping[int, tuple[int, ...]], batch: int) -> Iterator[list[int]]:
+    """Position -> shape, as lists of at most `batch` positions of one shape."""
     groups: dict[tuple[int, ...], list[int]] = {}
-    for position, frame in enumerate(framed):
-        groups.setdefault(frame.pixels.shape, []).append(position)
+    for position, shape in shapes.items():
+        groups.setdefault(shape, []).append(position)
     for positions in groups.values():
         yield from (positions[start : start + batch] for start in range(0, len(positions), batch))
 
