@@ -56,6 +56,14 @@ class Artifacts:
     def exists(self, key: str) -> bool:
         return bool(self._fs.exists(self._path(key)))
 
+    def delete_like(self, pattern: str) -> None:
+        """Delete what matches a key with wildcards (`p7/r000002/embeddings-*.npy`); nothing that matches is fine."""
+        for path in self._fs.glob(self._path(pattern)):
+            try:
+                self._fs.rm_file(path)
+            except FileNotFoundError:
+                continue  # another worker was faster
+
     def local(self, key: str, expected_sha256: str) -> Path:
         """A checked local copy, kept by its SHA-256: for readers that need a file."""
         path = self._cache / f"{expected_sha256}{Path(key).suffix}"

@@ -10,7 +10,6 @@ import json
 import re
 import threading
 from collections.abc import Iterable, Iterator, Mapping
-from itertools import islice
 from typing import Any
 
 import httpx
@@ -35,7 +34,9 @@ SAMPLING = "Uncertainty sampling"
 VIEW_TITLE = "hardfirst: next batch"
 PENDING_VERSION = "hardfirst-pending"
 PAGE = 1000
-IMPORT_CHUNK = 10_000  # each import request recounts all its tasks: few and large; bounded by its 250 MB limit
+IMPORT_CHUNK = 10_000  # each import request recounts all its tasks: few and large
+IMPORT_BYTES = 100_000_000  # Label Studio refuses bodies above 250 MB, and holds several copies of one in memory
+SETUP_PATIENCE = 30.0  # Label Studio calls our /health and /setup, twice, before it answers
 QUICK, SLOW = 10.0, 900.0  # seconds; Label Studio deletes and imports synchronously, minutes for a large pool
 
 
@@ -102,8 +103,16 @@ class LabelStudio:
             raise _token_error(self.url, error) from error
         return {"Authorization": headers["Authorization"]}
 
-    def _request(self, method: str, path: str, *, timeout: float = QUICK, **kwargs: Any) -> Any:
-        headers = self.auth_headers()
+    def _request(
+        self,
+        method: str,
+        path: str,
+        *,
+        timeout: float = QUICK,
+        extra_headers: Mapping[str, str] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        headers = {**self.auth_headers(), **(extra_headers or {})}
         try:
             response = self._http.request(
                 method, path, headers=headers, timeout=httpx.Timeout(timeout, connect=5.0), **kwargs
@@ -164,13 +173,13 @@ class LabelStudio:
         Raises:
             PublishIncomplete: Label Studio answered 201 and kept fewer than it was sent.
         """
-        rest = iter(predictions)
-        while chunk := list(islice(rest, IMPORT_CHUNK)):
-            answer = self._request("POST", f"/api/projects/{project_id}/import/predictions", json=chunk, timeout=SLOW)
+        path, headers = f"/api/projects/{project_id}/import/predictions", {"Content-Type": "application/json"}
+        for version, count, body in _import_bodies(predictions):
+            answer = self._request("POST", path, content=body, extra_headers=headers, timeout=SLOW)
             created = answer.get("created") if isinstance(answer, dict) else None
-            if created != len(chunk):
+            if created != count:
                 raise PublishIncomplete(
-                    f"Label Studio kept {created} of {len(chunk)} predictions of {chunk[0]['model_version']}; "
+                    f"Label Studio kept {created} of {count} predictions of {version}; "
                     "the version published before stays. Was the label config changed in this minute?"
                 )
 
@@ -201,6 +210,38 @@ class LabelStudio:
         wanted = _address(webhook_url)
         return next((dict(hook) for hook in found if _address(hook.get("url", "")) == wanted), None)
 
+    def own_backend(self, project_id: int, backend_url: str) -> dict[str, Any]:
+        """The project's entry for this backend, with its extra_params. Label Studio calls /health and /setup for it.
+
+        Raises:
+            NotFound: Label Studio has no entry with this backend's address.
+        """
+        found = self._request("GET", "/api/ml", params={"project": project_id}, timeout=SETUP_PATIENCE)
+        ours = next((dict(one) for one in found if _address(one.get("url", "")) == _address(backend_url)), None)
+        if ours is None:
+            raise NotFound(
+                f"Label Studio's project {project_id} has no model with the address {backend_url} any more. "
+                "Connect it again: Settings -> Model -> Connect Model"
+            )
+        return ours
+
+    def save_extra_params(
+        self, backend: Mapping[str, Any], extra_params: Mapping[str, Any], user: str, password: str
+    ) -> None:
+        """Write a project's settings where its people see them. Label Studio asks our /setup about them first.
+
+        Args:
+            backend: what `own_backend` gave.
+            user, password: our own basic authentication, empty without; Label Studio gives its copy to nobody.
+
+        Raises:
+            LabelStudioRefused: Label Studio, or our own /setup, does not take them.
+        """
+        body = {"url": backend["url"], "project": backend["project"], "extra_params": dict(extra_params)}
+        if user:
+            body |= {"auth_method": "BASIC_AUTH", "basic_auth_user": user, "basic_auth_pass": password}
+        self._request("PATCH", f"/api/ml/{backend['id']}", json=body, timeout=SETUP_PATIENCE)
+
     def show_batch_tab(self, project_id: int, version: str, view_id: int | None) -> int:
         """The Data Manager's tab with the batch in its order; its id."""
         body = {"project": project_id, "data": _view(version)}
@@ -211,6 +252,23 @@ class LabelStudio:
             except NotFound:
                 pass  # somebody closed the tab: make it again
         return int(self._request("POST", "/api/dm/views/", json=body)["id"])
+
+
+def _import_bodies(predictions: Iterable[Mapping[str, Any]]) -> Iterator[tuple[str, int, bytes]]:
+    """(version of the first, how many, JSON array) of requests that are large, and not too large."""
+    parts: list[bytes] = []
+    size, version = 0, ""
+    for one in predictions:
+        part = json.dumps(one).encode()
+        if parts and (len(parts) == IMPORT_CHUNK or size + len(part) > IMPORT_BYTES):
+            yield version, len(parts), b"[" + b",".join(parts) + b"]"
+            parts, size = [], 0
+        if not parts:
+            version = str(one["model_version"])
+        parts.append(part)
+        size += len(part)
+    if parts:
+        yield version, len(parts), b"[" + b",".join(parts) + b"]"
 
 
 def _sdk_client(url: str, api_key: str) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 from sqlalchemy import Connection, Row, bindparam, delete, func, insert, select, update
 
 from worker import steps
-from worker.artifacts import round_key
 from worker.boxes import LabelMap
 from worker.errors import LabelStudioRefused, PublishIncomplete
 from worker.label_studio import prediction, published_score
+from worker.reuse import image_digest, known_scores, remember_key, shard_embeddings, shard_is_scored
 from worker.services import Services
 from worker.store import (
     get_project,
@@ -30,7 +30,7 @@ from worker.store import (
 from worker.work import MEASURES, Work
 
 if TYPE_CHECKING:
-    from worker.model import LateScore
+    from worker.model import LateScore, TaskScore
 
 log = logging.getLogger(__name__)
 
@@ -60,32 +60,63 @@ def plan_scoring(work: Work) -> range:
     return range(-(-len(rows) // size) or 1)
 
 
-def score_one_shard(work: Work) -> None:
-    from worker.model import SCORERS
+def plan_selection(work: Work) -> None:
+    """A round on the published detector: its shards take over what that one has scored."""
+    shards = plan_scoring(work)
+    steps.finish(work.lease, lambda connection: _add_shards(connection, work, shards))
 
+
+def _add_shards(connection: Connection, work: Work, shards: range) -> None:
+    steps.add(connection, work.round.id, "score", shards)
+
+
+def score_one_shard(work: Work) -> None:
+    """Rows and embeddings of one shard, each image scored once: what an earlier attempt, or an earlier round with the
+    same detector, found is taken over."""
+    own, shard = work.services, work.lease.shard
+    with own.store.read() as connection:
+        scored = shard_is_scored(connection, work.round.id, shard)
+    if not scored:
+        _score_shard_images(work)
+
+    def then(connection: Connection) -> None:
+        steps.add(connection, work.round.id, "publish")
+
+    steps.finish(work.lease, then)
+
+
+def _score_shard_images(work: Work) -> None:
     own, shard = work.services, work.lease.shard
     with own.store.read() as connection:
         images = _shard_images(connection, work, shard)
         total, before = _scored_so_far(connection, work)
-    scorer = SCORERS.get(own, work.project, work.round)
-    found = list(scorer.score(images, lambda done: work.progress("scoring", done=before + done, total=total)))
-    usable = [score for score in found if score.embedding is not None]
-    row_of = {score.task_id: row for row, score in enumerate(usable)}
-    rows = [{"of": score.task_id, **score_columns(score), "row": row_of.get(score.task_id)} for score in found]
+    known = {one.task_id: one for one in known_scores(work, remember_key(work), images)}
+    fresh = [(task_id, reference) for task_id, reference in images if task_id not in known]
+    found = list(_scores_of(work, fresh, lambda done: work.progress("scoring", done=before + done, total=total)))
+    embeddings = {task_id: one.embedding for task_id, one in known.items()}
+    embeddings |= {score.task_id: score.embedding for score in found if score.embedding is not None}
+    columns = {task_id: {**one.columns, "problem": None} for task_id, one in known.items()}
+    columns |= {score.task_id: score_columns(score) for score in found}
+    digests = {task_id: image_digest(reference) for task_id, reference in images}
+    row_of = {task_id: row for row, task_id in enumerate(embeddings)}
+    rows = [{"of": of, **values, "row": row_of.get(of), "image": digests[of]} for of, values in columns.items()]
     work.lease.hold()  # a worker that slept through its lease must not write over its successor
-    if usable:
+    if embeddings:
         buffer = io.BytesIO()
-        np.save(buffer, np.stack([score.embedding for score in usable if score.embedding is not None]))
+        np.save(buffer, np.stack(list(embeddings.values())))
         own.artifacts.put(work.key(f"embeddings-{shard:05d}.npy"), buffer.getvalue())
     these = (scores.c.round_id == work.round.id, scores.c.task_id == bindparam("of"))
     write_rows(own.store, update(scores).where(*these), rows)
     with own.store.write() as connection:
         note_problems(connection, work.project.id, {score.task_id: score.problem for score in found})
 
-    def then(connection: Connection) -> None:
-        steps.add(connection, work.round.id, "publish")
 
-    steps.finish(work.lease, then)
+def _scores_of(work: Work, images: Sequence[tuple[int, str]], progress: Callable[[int], None]) -> Iterator[TaskScore]:
+    """No detector is loaded for nothing."""
+    from worker.model import SCORERS
+
+    if images:
+        yield from SCORERS.get(work.services, work.project, work.round).score(images, progress)
 
 
 def _shard_images(connection: Connection, work: Work, shard: int) -> list[tuple[int, str]]:
@@ -160,13 +191,6 @@ def holdout_embeddings(own: Services, project_id: int, round_row: Row[Any]) -> N
         embeddings = shard_embeddings(own, project_id, round_row.number, shard)
         found.append(embeddings[[row for other, row in places if other == shard]])
     return np.concatenate(found) if found else np.zeros((0, 1), np.float32)
-
-
-def shard_embeddings(own: Services, project_id: int, number: int, shard: int) -> NDArray[np.float32]:
-    """(n, D): of the images of one shard that could be read, in the order of `scores.row`."""
-    content = own.artifacts.get(round_key(project_id, number, f"embeddings-{shard:05d}.npy"))
-    found: NDArray[np.float32] = np.load(io.BytesIO(content), allow_pickle=False)
-    return found
 
 
 def score_alone(own: Services, project_id: int, images: Sequence[tuple[int, str]]) -> list[dict[str, Any]]:

@@ -40,6 +40,7 @@ from sqlalchemy import (
     event,
     func,
     select,
+    text,
 )
 from sqlalchemy.dialects import postgresql, sqlite
 
@@ -74,7 +75,12 @@ projects = Table(
     Column("notice", Text),  # what the page tells about this project, in words
     Column("problem", Text),  # why nothing happens, and what to do
     Column("stop_accepted_at", Float),
+    Column("asked", Text),  # JSON: settings the page is just giving to Label Studio, by whom; it calls us about them
+    Column("paused_at", Float),  # no step of it is started, and no round opens by itself
     Column("reconciled_at", Float),
+    Column("more_holdout", Integer, nullable=False, default=0, server_default="0"),  # asked for, not drawn yet
+    Column("holdout_measured", String(64)),  # fingerprint of the holdout's annotations when rounds were last measured
+    Column("remeasured_at", Float),
 )
 
 tasks = Table(
@@ -91,6 +97,24 @@ tasks = Table(
     Column("twin", Boolean, nullable=False, default=False),
 )
 
+# What the page counts every two seconds: some hundred rows of 80,000.
+_has_problem = tasks.c.image_problem.is_not(None)
+Index(
+    "ix_tasks_deleted",
+    tasks.c.project_id,
+    tasks.c.task_id,
+    sqlite_where=text("deleted IS 1"),
+    postgresql_where=text("deleted IS true"),
+)
+Index(
+    "ix_tasks_holdout",
+    tasks.c.project_id,
+    tasks.c.task_id,
+    sqlite_where=text("holdout IS 1"),  # as text: a migration made on SQLite has to suit PostgreSQL
+    postgresql_where=text("holdout IS true"),
+)
+Index("ix_tasks_problem", tasks.c.project_id, tasks.c.task_id, sqlite_where=_has_problem, postgresql_where=_has_problem)
+
 task_annotations = Table(
     "annotations",
     metadata,
@@ -101,6 +125,7 @@ task_annotations = Table(
     Column("cancelled", Boolean, nullable=False, default=False),
     Column("lead_time", Float),
     Column("n_boxes", Integer, nullable=False, default=0),
+    Column("classes", Text),  # JSON: label -> boxes; NULL: written before this was counted
     Index(None, "project_id", "task_id"),
 )
 
@@ -110,6 +135,8 @@ rounds = Table(
     Column("id", Integer, primary_key=True),
     Column("project_id", ForeignKey("projects.id", ondelete="CASCADE"), nullable=False),
     Column("number", Integer, nullable=False),
+    # "select": a new batch from the scores of an earlier round's detector, without a training
+    Column("kind", String(8), nullable=False, default="train", server_default="train"),
     Column("state", String(16), nullable=False),
     Column("why", Text, nullable=False, default=""),
     Column("opened_at", Float, nullable=False),
@@ -130,6 +157,7 @@ rounds = Table(
     Column("weights", String(500)),  # artifact key
     Column("weights_sha256", String(64)),
     Column("embedder", String(100)),
+    Column("scored_as", String(64)),  # what its scores depend on: a round with the same may take them over
     Column("batch_size", Integer),  # tasks really asked for
     UniqueConstraint("project_id", "number"),
     CheckConstraint(
@@ -173,6 +201,7 @@ scores = Table(
     Column("task_id", Integer, primary_key=True, autoincrement=False),
     Column("shard", Integer, nullable=False),  # -1: scored alone, after the round
     Column("row", Integer),  # position in the shard's embeddings
+    Column("image", String(16)),  # digest of the reference that was scored
     Column("least_confidence", Float),
     Column("margin", Float),
     Column("entropy", Float),

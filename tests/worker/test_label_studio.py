@@ -169,6 +169,20 @@ def test_an_import_that_kept_fewer_is_incomplete(answering: Callable[[int, bytes
     client.import_predictions(7, [])
 
 
+def test_requests_are_bounded_in_number_and_in_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    five = [{"task": number, "model_version": f"al-00000{number}"} for number in range(1, 6)]
+    monkeypatch.setattr(module, "IMPORT_CHUNK", 3)
+    found = list(module._import_bodies(five))
+    assert [(version, count) for version, count, _ in found] == [("al-000001", 3), ("al-000004", 2)]
+    assert [one for _, _, body in found for one in json.loads(body)] == five
+    length = len(json.dumps(five[0]))
+    monkeypatch.setattr(module, "IMPORT_BYTES", 2 * length)
+    assert [count for _, count, _ in module._import_bodies(five)] == [2, 2, 1]
+    monkeypatch.setattr(module, "IMPORT_BYTES", 1)  # one that is too large by itself: Label Studio says so
+    assert [count for _, count, _ in module._import_bodies(five)] == [1] * 5
+    assert list(module._import_bodies([])) == []
+
+
 def test_a_refusal_for_a_task_that_is_gone_is_recognised() -> None:
     assert names_missing_task(LabelStudioRefused('... 400: {"detail": "invalid \\"task\\" field"}'))
     assert not names_missing_task(LabelStudioRefused("... 400: Validation error"))
