@@ -7,37 +7,33 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import islice
 from typing import Any
 
 import numpy as np
 from label_studio_ml.model import LabelStudioMLBase
 from numpy.typing import NDArray
-from PIL import Image
 from sqlalchemy import Row
 
 from strategies import late_utility
-from strategies.committee import image_disagreement
 from strategies.diversity import near_duplicates_of_labelled
 from strategies.late import DISAGREEMENT
-from strategies.uncertainty import MEASURES, image_uncertainty
+from strategies.uncertainty import MEASURES
 from worker.artifacts import round_key
 from worker.boxes import LabelMap, to_regions
-from worker.descriptor import DESCRIPTOR_NAME, describe
+from worker.descriptor import DESCRIPTOR_NAME
 from worker.detector import Detector, ImageScore, prepare_ultralytics
 from worker.errors import BadRequest, ImageUnusable, LabelMismatch
 from worker.label_studio import PENDING_VERSION, published_score
+from worker.looking import AT_ONCE, FETCHERS, Look, Opened, look_at, opened_ahead
 from worker.rounds import not_for_boxes, settings_of
 from worker.scoring import holdout_embeddings, stored_predictions
 from worker.services import Services, from_environment
 from worker.settings import ProjectSettings
 from worker.store import get_project, get_round, loads
-
-AT_ONCE = 16  # images in memory as pixels; the next ones are fetched and decoded meanwhile
-FETCHERS = 4
+from worker.uncertainty import measures_of, weights_of_classes
 
 
 @dataclass(frozen=True)
@@ -92,65 +88,32 @@ class Scorer:
         is taken for broken.
         """
         with ThreadPoolExecutor(FETCHERS, thread_name_prefix="fetch") as pool:
-            waiting = iter(images)
-            ahead: list[tuple[int, Future[Image.Image | str]]] = []
-            done = 0
-            while True:
-                for task_id, reference in islice(waiting, 2 * AT_ONCE - len(ahead)):
-                    ahead.append((task_id, pool.submit(self._open, task_id, reference)))
-                if not ahead:
-                    return
-                now, ahead = ahead[:AT_ONCE], ahead[AT_ONCE:]
-                yield from self._score_some([(task_id, future.result()) for task_id, future in now])
-                done += len(now)
-                if progress is not None:
+            opened = opened_ahead(images, lambda image: self._open(*image), pool)
+            looks = look_at(opened, self.detector, self.members, self.settings, self.confidence)
+            for done, ((task_id, _), (look, disagreement)) in enumerate(zip(images, looks, strict=True), 1):
+                yield self._task_score(task_id, look, disagreement)
+                if progress is not None and (done % AT_ONCE == 0 or done == len(images)):
                     progress(done)
 
-    def _open(self, task_id: int, reference: str) -> Image.Image | str:
-        """The image, or why there is none."""
+    def _open(self, task_id: int, reference: str) -> Opened:
+        """The image, as the one detector will see it or as it is; or why there is none."""
+        key = self.label_map.image_key
         try:
-            return self.services.images.open({self.label_map.image_key: reference}, self.label_map.image_key, task_id)
+            image = self.services.images.open({key: reference}, key, task_id)
+            if self.detector is None or self.members:  # each of a committee frames it for itself
+                return image
+            return self.detector.frame(image, self.settings.imgsz)
         except ImageUnusable as error:
-            return str(error)
-
-    def _score_some(self, opened: Sequence[tuple[int, Image.Image | str]]) -> Iterator[TaskScore]:
-        good = [(task_id, image) for task_id, image in opened if not isinstance(image, str)]
-        images = [image for _, image in good]
-        looks = self._look(images)
-        scored = dict(zip([task_id for task_id, _ in good], looks, strict=True))
-        votes = dict(zip([task_id for task_id, _ in good], self._disagreements(images, looks), strict=True))
-        for task_id, image in opened:
-            if isinstance(image, str):
-                yield TaskScore(task_id, problem=image)
-            else:
-                yield self._task_score(task_id, scored[task_id], votes[task_id])
-
-    def _disagreements(
-        self, images: Sequence[Image.Image], looks: Sequence[ImageScore | NDArray[np.float32]]
-    ) -> list[float | None]:
-        """What the committee's members make of each image, the round's own detector among them; None without one."""
-        if not self.members:
-            return [None for _ in images]
-        imgsz, confidence = self.settings.imgsz, self.confidence
-        others = [member.score(images, imgsz=imgsz, confidence=confidence) for member in self.members]
-        return [
-            image_disagreement([(one.boxes_xyxy, one.probabilities) for one in of_image if isinstance(one, ImageScore)])
-            for of_image in zip(looks, *others, strict=True)
-        ]
-
-    def _look(self, images: Sequence[Image.Image]) -> Sequence[ImageScore | NDArray[np.float32]]:
-        if self.detector is None:
-            return [describe(image) for image in images]
-        return self.detector.score(images, imgsz=self.settings.imgsz, confidence=self.confidence)
+            return error
 
     @property
     def confidence(self) -> float:
         """The label config's model_score_threshold wins over the setting."""
         return self.label_map.score_threshold or self.settings.confidence
 
-    def _task_score(
-        self, task_id: int, look: ImageScore | NDArray[np.float32], disagreement: float | None
-    ) -> TaskScore:
+    def _task_score(self, task_id: int, look: Look, disagreement: float | None) -> TaskScore:
+        if isinstance(look, ImageUnusable):
+            return TaskScore(task_id, problem=str(look))
         if not isinstance(look, ImageScore):
             return TaskScore(task_id, measures=dict.fromkeys(MEASURES, 1.0), embedding=look)
         drawn = look.confidences >= self.confidence
@@ -163,13 +126,16 @@ class Scorer:
             look.width,
             look.height,
         )
-        return TaskScore(task_id, regions, self._measures(look), look.embedding, disagreement=disagreement)
+        measures = measures_of(look, self.settings, self.class_weights)
+        return TaskScore(task_id, regions, measures, look.embedding, disagreement=disagreement)
 
-    def _measures(self, look: ImageScore) -> dict[str, float]:
-        rows = look.probabilities
-        if not len(rows):
-            rows = look.best_candidate[None, :]
-        return {name: image_uncertainty(rows, name) for name in MEASURES}
+    @cached_property
+    def class_weights(self) -> NDArray[np.float64] | None:
+        """By the labelled boxes that the round's detector was trained on."""
+        if self.detector is None:
+            return None
+        labelled = loads(self._round.report).get("boxes_per_class", {})
+        return weights_of_classes(self.settings, self.detector.names, labelled)
 
 
 def _load_detector(services: Services, key: str | None, sha256: str | None) -> Detector | None:

@@ -97,6 +97,17 @@ class ProjectSettings(BaseModel):
     )
     max_rounds: int = Field(10, ge=1, le=1000, description="Rounds that open by themselves; an admin may start more.")
     min_map_gain: float = Field(0.005, ge=0, le=1, description="Base rule: a gain in mAP50 below this says stop.")
+    worth_gain: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="Gain in mAP50 that is worth the price of a round. Default: from `value_per_point` and "
+        "`cost_per_hour`, else .02.",
+    )
+    cost_per_hour: float | None = Field(None, ge=0, le=1e9, description="What an annotator's hour costs, in money.")
+    value_per_point: float | None = Field(
+        None, gt=0, le=1e12, description="What one point of mAP50 (.01) is worth, in the same money."
+    )
     holdout_size: int | None = Field(
         None, ge=0, description="Holdout tasks. Default: 20 % of the pool, 50 to 300, at most half of it."
     )
@@ -126,6 +137,25 @@ class ProjectSettings(BaseModel):
         "subsets",
         description="How members differ: trained on subsets of the labels, or cheap checkpoints of one training, whose "
         "votes are correlated.",
+    )
+    uncertainty_threshold: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="Boxes count for uncertainty from this confidence on. Default: .25 for `least_confidence`, .05 for "
+        "`margin` and `entropy`.",
+    )
+    uncertainty_empty: Literal["uncertain", "certain", "best_candidate"] | None = Field(
+        None,
+        description="What an image without such a box is. Default: `uncertain` for `least_confidence`, "
+        "`best_candidate` for `margin` and `entropy`.",
+    )
+    uncertainty_aggregate: Literal["max", "min", "mean", "top_n_mean", "sum"] = Field(
+        "max", description="How the uncertainties of an image's boxes become one; `sum` favours crowded images."
+    )
+    uncertainty_n: int = Field(10, ge=1, le=300, description="Boxes that `top_n_mean` is the mean of.")
+    class_weights: bool = Field(
+        False, description="Boxes of classes with few labelled boxes count for more (by half to 3 times)."
     )
     near_duplicate_threshold: float = Field(
         0.99, gt=0, le=1, description="Cosine above which two images count as one when a batch is chosen."

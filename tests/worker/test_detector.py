@@ -208,7 +208,7 @@ def test_any_number_of_candidates_is_suppressed(count: int) -> None:
     boxes[1:] = torch.tensor([10.0, 8.0, 8.0])[:, None]
     boxes[:, 1] = boxes[:, 0]  # but the second is where the first is
     look = detector_module._Look(probabilities, np.ones((1, 3), np.float32), lambda row, anchors: boxes[:, anchors])
-    frame = detector_module._Framed(np.zeros((32, 256, 3), np.uint8), 256, 32, 0, 0, 1, 1)
+    frame = detector_module.Framed(np.zeros((32, 256, 3), np.uint8), 256, 32, 0, 0, 1, 1)
     (score,) = detector_module._image_scores([frame], look, 0.7, 0.05)
     left = [position for position in range(count) if position != 1]
     assert score.boxes_xyxy[:, 0].tolist() == [20.0 * position + 6 for position in left]
@@ -324,6 +324,13 @@ def test_a_broken_image_costs_only_itself(loud: Detector) -> None:
         assert_same_scores(score, expected)
     with pytest.raises(ImageUnusable, match="cannot be decoded"):
         loud.score(images, 96)
+
+
+def test_an_image_framed_before_is_scored_as_the_image(loud: Detector) -> None:
+    images = [speckled(*size, seed) for seed, size in enumerate(SIZES)]
+    framed = [loud.frame(image, 90) for image in images]
+    for found, expected in zip(loud.score_each(framed, 90, batch=3), loud.score(images, 90), strict=True):
+        assert_same_scores(found, expected)
 
 
 def test_images_are_taken_a_few_at_a_time(loud: Detector) -> None:

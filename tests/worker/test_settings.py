@@ -31,7 +31,7 @@ def test_settings_come_as_an_object_or_as_text_that_holds_one() -> None:
     [
         ({"bach_size": 3}, "unknown setting 'bach_size'; did you mean 'batch_size'?"),
         ({"epoch": 3}, "unknown setting 'epoch'; did you mean 'epochs'?"),
-        ({"zzz": 3}, "unknown setting 'zzz'; known are batch_size, close_mosaic"),
+        ({"zzz": 3}, "unknown setting 'zzz'; known are batch_size, class_weights, close_mosaic"),
         ({"strategy": "hybird"}, "strategy 'hybird' is unknown; did you mean 'hybrid'?"),
         ({"batch_size": 0}, "batch_size: Input should be greater than or equal to 1 (given: '0')"),
         ({"batch_size": "200"}, "batch_size: Input should be a valid integer"),

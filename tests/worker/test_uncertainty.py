@@ -1,0 +1,119 @@
+"""How a project's settings read uncertainty; the defaults read as the measures themselves do."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from strategies.uncertainty import MEASURES, image_uncertainty
+from worker.settings import ProjectSettings
+from worker.uncertainty import lowest_candidate, measures_of, reading_of, weights_of_classes
+
+
+@dataclass
+class Seen:
+    probabilities: NDArray[np.float32]
+    best_candidate: NDArray[np.float32]
+
+
+def seen(*rows: tuple[float, float], best: tuple[float, float] = (0.01, 0.02)) -> Seen:
+    return Seen(np.array(rows, np.float32).reshape(-1, 2), np.array(best, np.float32))
+
+
+def read(look: Seen, **settings: Any) -> float:
+    return measures_of(look, ProjectSettings(**settings))["least_confidence"]
+
+
+@pytest.mark.parametrize("look", [seen((0.9, 0.1), (0.1, 0.3)), seen((0.1, 0.0)), seen()])
+def test_the_defaults_read_as_the_measures_do(look: Seen) -> None:
+    rows = look.probabilities if len(look.probabilities) else look.best_candidate[None, :]
+    assert measures_of(look, ProjectSettings()) == {name: image_uncertainty(rows, name) for name in MEASURES}
+
+
+def test_a_lower_threshold_counts_weaker_boxes() -> None:
+    look = seen((0.75, 0.0), (0.125, 0.0))
+    assert read(look) == pytest.approx(0.25)
+    assert read(look, uncertainty_threshold=0.05) == pytest.approx(0.875)
+
+
+def test_an_image_without_boxes_is_what_the_policy_says() -> None:
+    look = seen(best=(0.125, 0.0))
+    assert read(look) == 1
+    assert read(look, uncertainty_empty="certain") == 0
+    assert read(look, uncertainty_empty="best_candidate") == pytest.approx(0.875)
+
+
+def test_boxes_become_one_number_as_the_aggregate_says() -> None:
+    look = seen((0.5, 0.0), (0.75, 0.0), (0.0, 1.0))
+    assert read(look, uncertainty_aggregate="min") == 0
+    assert read(look, uncertainty_aggregate="mean") == pytest.approx(0.25)
+    assert read(look, uncertainty_aggregate="sum") == pytest.approx(0.75)
+    assert read(look, uncertainty_aggregate="top_n_mean", uncertainty_n=2) == pytest.approx(0.375)
+
+
+def test_rare_classes_count_for_more_when_that_is_set() -> None:
+    names, counts = {0: "nut", 1: "wire"}, {"nut": 90, "wire": 0}
+    assert weights_of_classes(ProjectSettings(), names, counts) is None
+    weighing = ProjectSettings(class_weights=True)
+    weights = weights_of_classes(weighing, names, counts)
+    assert weights is not None
+    assert weights.tolist() == pytest.approx([np.sqrt(55 / 100), np.sqrt(55 / 10)])
+    look = seen((0.5, 0.0), (0.0, 0.5))
+    assert measures_of(look, weighing, weights)["least_confidence"] == pytest.approx(0.5 * np.sqrt(5.5))
+
+
+def test_a_detector_of_other_classes_is_not_weighed() -> None:
+    assert weights_of_classes(ProjectSettings(class_weights=True), {0: "person"}, {"nut": 3}) is None
+    assert weights_of_classes(ProjectSettings(class_weights=True), {0: "nut"}, {}) is None
+
+
+def test_the_detector_keeps_candidates_as_low_as_anybody_looks() -> None:
+    assert lowest_candidate(ProjectSettings()) == 0.05
+    assert lowest_candidate(ProjectSettings(uncertainty_threshold=0.5)) == 0.05
+    assert lowest_candidate(ProjectSettings(uncertainty_threshold=0.01)) == 0.01
+
+
+def test_only_what_changes_a_measure_changes_its_key() -> None:
+    default = reading_of(ProjectSettings(), {"nut": 3})
+    assert default == reading_of(ProjectSettings(uncertainty_n=3, batch_size=7), {"nut": 9})
+    for settings in (
+        ProjectSettings(uncertainty_threshold=0.1),
+        ProjectSettings(uncertainty_empty="certain"),
+        ProjectSettings(uncertainty_aggregate="mean"),
+        ProjectSettings(class_weights=True),
+    ):
+        assert reading_of(settings, {"nut": 3}) != default
+    weighing = ProjectSettings(class_weights=True)
+    assert reading_of(weighing, {"nut": 3}) != reading_of(weighing, {"nut": 9})
+
+
+def test_production_scores_tasks_by_the_same_reading() -> None:
+    from types import SimpleNamespace
+
+    from worker.boxes import LabelMap
+    from worker.detector import ImageScore
+    from worker.model import Scorer
+
+    rows = np.array([[0.75, 0.0], [0.0, 0.125]], np.float32)
+    look = ImageScore(
+        boxes_xyxy=np.array([[0, 0, 10, 10], [10, 10, 20, 20]], np.float32), confidences=rows.max(1),
+        class_ids=rows.argmax(1), probabilities=rows, best_candidate=rows[0], embedding=np.ones(2, np.float32),
+        width=40, height=40, drawn=1,
+    )  # fmt: skip
+    scorer: Any = Scorer.__new__(Scorer)  # without a store and weights
+    scorer.settings = ProjectSettings(uncertainty_threshold=0.1, class_weights=True, uncertainty_aggregate="sum")
+    scorer.label_map = LabelMap.from_config(
+        '<View><Image name="image" value="$image"/><RectangleLabels name="label" toName="image">'
+        '<Label value="nut"/><Label value="wire"/></RectangleLabels></View>'
+    )
+    scorer.detector = SimpleNamespace(names={0: "nut", 1: "wire"})
+    scorer.class_to_label = {0: "nut", 1: "wire"}
+    scorer._round = SimpleNamespace(report='{"boxes_per_class": {"nut": 90, "wire": 0}}')
+    found = scorer._task_score(1, look, None)
+    assert len(found.regions) == 1  # boxes are drawn from .25 all the same
+    expected = 0.25 * np.sqrt(55 / 100) + 0.875 * np.sqrt(55 / 10)
+    assert found.measures["least_confidence"] == pytest.approx(expected)

@@ -1,0 +1,78 @@
+"""How a project reads uncertainty from what the detector saw: its settings, applied. Pure; nothing here loads torch.
+
+Boxes are drawn from one confidence on; uncertainty may look lower, weigh rare classes, and say what an image without
+boxes is worth. Production scoring and `hardfirst simulate` both read here, so that what was simulated is what is run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from strategies.uncertainty import MEASURES, class_weights, image_uncertainty
+from worker.settings import ProjectSettings
+
+LOWEST_CANDIDATE = 0.05  # the detector keeps candidates from here on, unless a project looks lower
+
+
+class Look(Protocol):
+    """What is read of a `worker.detector.ImageScore`."""
+
+    @property
+    def probabilities(self) -> NDArray[np.float32]: ...
+
+    @property
+    def best_candidate(self) -> NDArray[np.float32]: ...
+
+
+def lowest_candidate(settings: ProjectSettings) -> float:
+    """The confidence from which the detector has to keep candidates for this project."""
+    threshold = settings.uncertainty_threshold
+    return LOWEST_CANDIDATE if threshold is None else min(LOWEST_CANDIDATE, threshold)
+
+
+def weights_of_classes(
+    settings: ProjectSettings, names: Mapping[int, str], boxes_per_class: Mapping[str, int]
+) -> NDArray[np.float64] | None:
+    """(C,) weights by the detector's class ids, or None: not wanted, or nothing is known of these classes.
+
+    Args: boxes_per_class: labelled boxes, by class name, that the detector was trained on.
+    """
+    if not settings.class_weights or not any(name in boxes_per_class for name in names.values()):
+        return None
+    return class_weights([boxes_per_class.get(names[class_id], 0) for class_id in sorted(names)])
+
+
+def measures_of(
+    look: Look, settings: ProjectSettings, weights: NDArray[np.float64] | None = None
+) -> dict[str, float]:
+    """Every measure of one image, as the project's settings read it. With class weights or "sum" they may exceed 1."""
+    rows = look.probabilities if len(look.probabilities) else look.best_candidate[None, :]
+    return {
+        name: image_uncertainty(
+            rows,
+            name,
+            threshold=settings.uncertainty_threshold,
+            empty=settings.uncertainty_empty,
+            method=settings.uncertainty_aggregate,
+            n=settings.uncertainty_n,
+            class_weights=weights,
+        )
+        for name in MEASURES
+    }
+
+
+def reading_of(settings: ProjectSettings, boxes_per_class: Mapping[str, int]) -> dict[str, Any]:
+    """What the measures of an image depend on besides the detector, as JSON: for keys of stored scores."""
+    chosen = {
+        name: getattr(settings, name)
+        for name in ("uncertainty_threshold", "uncertainty_empty", "uncertainty_aggregate", "class_weights")
+    }
+    if settings.uncertainty_aggregate == "top_n_mean":
+        chosen["uncertainty_n"] = settings.uncertainty_n
+    if settings.class_weights:
+        chosen["boxes_per_class"] = dict(sorted(boxes_per_class.items()))
+    return chosen
