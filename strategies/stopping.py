@@ -1,6 +1,6 @@
 """When labelling more stops paying: the base rule and the statistics of a learning curve.
 
-The base rule is deliberately simple; it knows nothing of noise. The verdict that weighs noise is built on top.
+The base rule is deliberately simple; it knows nothing of noise. The verdict that weighs noise is `strategies.verdict`.
 """
 
 from __future__ import annotations
@@ -14,6 +14,9 @@ from numpy.typing import ArrayLike, NDArray
 
 from strategies.arrays import as_vector
 from strategies.errors import InputInvalid
+from strategies.verdict import Verdict, verdict
+
+__all__ = ["Verdict", "knee", "learning_curve_stats", "predicted_gain_estimable", "should_stop", "verdict"]
 
 Vector = NDArray[np.float64]
 

@@ -1,4 +1,4 @@
-"""The holdout measurement: detections against truth. numpy alone: nothing here loads torch.
+"""The holdout measurement: detections against truth. Arrays alone: nothing here loads torch.
 
 A round measures its detector once: `worker.detector.collect_detections` keeps the raw detections of every holdout
 image. `evaluate` compares them with the truth of the moment, so that truth corrected later re-evaluates old rounds
@@ -10,17 +10,19 @@ from __future__ import annotations
 
 import io
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
+from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]  # no stubs are published
 
 from worker.errors import ArtifactDamaged
 
 IOU_THRESHOLDS: NDArray[np.float32] = np.linspace(0.5, 0.95, 10, dtype=np.float32)
 _RECALL_GRID = np.linspace(0, 1, 101)  # COCO's 101 points
+_SAMPLES_AT_ONCE = 250  # of a bootstrap: bounds its memory
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float32]
@@ -173,6 +175,105 @@ def average_precision(arrays: EvaluationArrays, classes: Ints) -> NDArray[np.flo
         for column in range(len(IOU_THRESHOLDS)):
             ap[row, column] = _area_under(recall[:, column], precision[:, column])
     return ap
+
+
+def bootstrap_map50(rounds: Sequence[EvaluationArrays], n_samples: int = 1000, seed: int = 0) -> NDArray[np.float64]:
+    """(n_samples, len(rounds)) mAP50 of every round on holdouts drawn anew from the same images, with replacement.
+
+    Paired: a sample weighs the images alike for all rounds, so that the difference of two columns is the gain on that
+    sample. (Efron & Tibshirani 1993.) A class that a sample happens to miss does not count in it, as in `evaluate`;
+    a sample without any box is drawn again. An image drawn twice counts twice, as in a list that holds it twice.
+
+    Args: rounds, evaluated on the same images with the same truth.
+    Raises: ValueError for rounds of other images, or without any box in truth.
+    """
+    if not rounds:
+        return np.zeros((n_samples, 0))
+    first = rounds[0]
+    if any(not np.array_equal(one.keys, first.keys) for one in rounds):
+        raise ValueError("a paired bootstrap needs rounds that were evaluated on the same images")
+    if not len(first.target_cls):
+        raise ValueError("a bootstrap of mAP needs at least one box in truth")
+    rng = np.random.default_rng(seed)
+    prepared = [[_class_curve(one, int(class_id)) for class_id in np.unique(one.target_cls)] for one in rounds]
+    chunks = []
+    # many small products: threads that wait for each other cost four times what they save
+    with threadpool_limits(1, user_api="blas"):
+        for start in range(0, n_samples, _SAMPLES_AT_ONCE):
+            weights = _image_weights(first, min(_SAMPLES_AT_ONCE, n_samples - start), rng)
+            chunks.append(np.column_stack([_weighted_map50(curves, weights) for curves in prepared]))
+    return np.concatenate(chunks)
+
+
+@dataclass(frozen=True, eq=False)
+class _ClassCurve:
+    """One class' precision-recall curve at IoU .5, as far as weights of images can change it: t right detections."""
+
+    right_images: Ints  # (t,) image of each right detection, by falling confidence
+    wrong_before: NDArray[np.float64]  # (n, t) wrong detections of each image between this right one and the last
+    truth_per_image: NDArray[np.float64]  # (n,)
+
+
+def _class_curve(arrays: EvaluationArrays, class_id: int) -> _ClassCurve:
+    order = np.argsort(-arrays.conf, kind="stable")
+    order = order[arrays.pred_cls[order] == class_id]
+    right, images = arrays.tp[order, 0], arrays.pred_img[order]
+    n, t = len(arrays.keys), int(right.sum())
+    segment = np.cumsum(right) - right  # how many right ones came before
+    wrong = ~right & (segment < t)
+    before = np.zeros((n, t))
+    np.add.at(before, (images[wrong], segment[wrong]), 1.0)
+    truth = np.bincount(arrays.target_img[arrays.target_cls == class_id], minlength=n).astype(np.float64)
+    return _ClassCurve(images[right], before, truth)
+
+
+def _image_weights(arrays: EvaluationArrays, n_samples: int, rng: np.random.Generator) -> NDArray[np.float64]:
+    """(n_samples, n) how often each image was drawn; every sample has a box."""
+    n = len(arrays.keys)
+    has_box = np.bincount(arrays.target_img, minlength=n) > 0
+    weights = rng.multinomial(n, np.full(n, 1 / n), size=n_samples).astype(np.float64)
+    while len(empty := np.flatnonzero(weights @ has_box == 0)):
+        weights[empty] = rng.multinomial(n, np.full(n, 1 / n), size=len(empty))
+    return weights
+
+
+def _weighted_map50(curves: Sequence[_ClassCurve], weights: NDArray[np.float64]) -> NDArray[np.float64]:
+    """(n_samples,) mean over the classes that a sample holds."""
+    ap = np.column_stack([_weighted_ap(curve, weights) for curve in curves])
+    held = np.column_stack([weights @ curve.truth_per_image > 0 for curve in curves])
+    mean: NDArray[np.float64] = np.where(held, ap, 0).sum(1) / held.sum(1)
+    return mean
+
+
+def _weighted_ap(curve: _ClassCurve, weights: NDArray[np.float64]) -> NDArray[np.float64]:
+    """(n_samples,) `_area_under` of every sample.
+
+    Between two right detections the envelope of precision is flat: it is the best precision from the next one on. So
+    its height at each of the 101 recalls is that of the first right detection whose recall lies beyond.
+    """
+    samples, t = len(weights), len(curve.right_images)
+    if not t:
+        return np.zeros(samples)
+    right = weights[:, curve.right_images].cumsum(1)
+    found = (weights @ curve.wrong_before).cumsum(1) + right
+    envelope = np.zeros((samples, t + 1))  # 0 beyond the last
+    np.divide(right, found, out=envelope[:, :t], where=found > 0)
+    envelope = np.flip(np.maximum.accumulate(np.flip(envelope, 1), axis=1), 1)
+    passed = _passed(right, weights @ curve.truth_per_image)
+    heights = np.take_along_axis(envelope, passed, axis=1)
+    return np.asarray(np.trapezoid(heights, _RECALL_GRID, axis=1), dtype=np.float64)
+
+
+def _passed(right: NDArray[np.float64], truth: NDArray[np.float64]) -> Ints:
+    """(n_samples, 101) how many right detections have a recall at or below each of the 101.
+
+    In whole numbers, sample by sample on a stretch of its own, so that no rounding moves a recall over a grid point.
+    """
+    reached = np.floor(_RECALL_GRID * truth[:, None] + 1e-6)
+    reached -= reached / (truth[:, None] + 1e-16) > _RECALL_GRID
+    stretch = (right[:, -1].max() + truth.max() + 2) * np.arange(len(right))[:, None]
+    flat = np.searchsorted((right + stretch).ravel(), (reached + stretch).ravel(), side="right")
+    return np.asarray(flat.reshape(len(right), -1) - right.shape[1] * np.arange(len(right))[:, None], dtype=np.int64)
 
 
 def match(

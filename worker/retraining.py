@@ -14,25 +14,33 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.random import Generator
-from sqlalchemy import Connection, func, select, update
+from sqlalchemy import Connection, Row, func, select, update
 
 from worker import evaluation, rounds, steps
 from worker.artifacts import round_key
-from worker.dataset import TaskTruth, truth_of, write_dataset
+from worker.dataset import TaskTruth, write_dataset
 from worker.errors import (
     ImageUnusable,
     NotFound,
+    SettingsInvalid,
+)
+from worker.holdout import (
+    earlier_detections,
+    holdout_fingerprint,
+    joined,
+    remember_measured,
+    truths_of,
 )
 from worker.images import decode_image
-from worker.measuring import base_verdict, on_common_images, renamed
+from worker.measuring import Measured, compare, renamed, write_curve
 from worker.scoring import plan_scoring
 from worker.selection import generator
 from worker.settings import ProjectSettings
 from worker.store import (
+    get_project,
     loads,
     measured_rounds,
     scores,
-    task_annotations,
     tasks,
 )
 from worker.store import rounds as round_rows
@@ -43,7 +51,6 @@ if TYPE_CHECKING:
     from worker.training import TrainProgress, TrainRequest
 
 
-TASKS_AT_ONCE = 1000
 MEMBER_SHARE = 0.8  # of the dataset: members that saw the same images would agree on them
 
 
@@ -57,6 +64,7 @@ def train_and_measure(work: Work) -> None:
     _remove_other_folders(work)
     truths = _truths(work)
     with own.store.read() as connection:
+        fingerprint = holdout_fingerprint(connection, work.project.id)
         barred = rounds.not_for_training(connection, work.project.id)
         holdout = sorted(task_id for task_id, held in rounds.holdout_of(connection, work.project.id).items() if held)
     dataset = _dataset(work, [truth for truth in truths if truth.task_id not in barred])
@@ -83,7 +91,8 @@ def train_and_measure(work: Work) -> None:
     def then(connection: Connection) -> None:
         this = update(round_rows).where(round_rows.c.id == work.round.id)
         connection.execute(this.values(**values, **weights, embedder="the round's detector"))
-        _write_curve(connection, work, measured)
+        write_curve(connection, work.project.id, measured, _settings_now(connection, work), this=work.round.id)
+        remember_measured(connection, work.project.id, fingerprint)
         members = range(1, work.settings.committee_size)
         if members and work.settings.committee == "subsets":
             steps.add(connection, work.round.id, "member", members)
@@ -92,6 +101,14 @@ def train_and_measure(work: Work) -> None:
 
     steps.finish(work.lease, then)
     shutil.rmtree(_folder(work), ignore_errors=True)
+
+
+def _settings_now(connection: Connection, work: Work) -> ProjectSettings:
+    """The project's of this moment: what a gain is worth may have been set since the round began."""
+    try:
+        return rounds.settings_of(get_project(connection, work.project.id))
+    except SettingsInvalid:  # somebody else's trouble, which the page shows: no training is lost for it
+        return work.settings
 
 
 def _watch(work: Work) -> Callable[[TrainProgress], None]:
@@ -187,17 +204,7 @@ def _remove_other_folders(work: Work) -> None:
 
 
 def _truths(work: Work) -> list[TaskTruth]:
-    """What Label Studio's export says, and the store's copy of it brought up to date."""
-    exported = work.services.label_studio.export(work.project.id)
-    label_map = work.label_map
-    images = {int(task["id"]): str((task.get("data") or {}).get(label_map.image_key) or "") for task in exported}
-    for start in range(0, len(exported), TASKS_AT_ONCE):  # a webhook waits for no more than these
-        some = exported[start : start + TASKS_AT_ONCE]
-        found = [{**one, "task": task["id"]} for task in some for one in task.get("annotations") or []]
-        with work.services.store.write() as connection:
-            rounds.remember_tasks(connection, work.project.id, {int(task["id"]): images[task["id"]] for task in some})
-            rounds.remember_annotations(connection, work.project.id, found)
-    return [truth for task in exported if (truth := truth_of(task, label_map)) is not None]
+    return truths_of(work.services, work.project.id, work.label_map)
 
 
 @dataclass(frozen=True)
@@ -290,37 +297,14 @@ def _base_weights(work: Work) -> BaseWeights:
 def _train_request(work: Work, dataset_yaml: Path, weights: str) -> TrainRequest:
     from worker.training import TrainRequest
 
-    settings = work.settings
-    return TrainRequest(
-        dataset_yaml=dataset_yaml,
-        run_dir=_folder(work) / "run",
-        weights=weights,
-        epochs=settings.epochs,
-        imgsz=settings.imgsz,
-        train_batch=settings.train_batch,
-        nominal_batch=settings.nominal_batch,
-        optimizer=settings.optimizer,
-        lr0=settings.lr0,
-        mosaic=settings.mosaic,
-        mixup=settings.mixup_in(work.round.number),
-        close_mosaic=settings.close_mosaic,
-        freeze=settings.freeze,
-        seed=settings.seed,
-        device=work.services.settings.device,
+    device = work.services.settings.device
+    return TrainRequest.of_round(
+        work.settings, work.round.number, dataset_yaml, _folder(work) / "run", weights, device
     )
 
 
 def _show_training(work: Work, now: TrainProgress) -> None:
     work.progress("training", epoch=now.epoch, epochs=now.epochs, losses=now.losses, eta_seconds=now.eta_seconds)
-
-
-@dataclass(frozen=True)
-class Measured:
-    """A round's place on the learning curve: every round that can be compared with it, on the holdout as it is now."""
-
-    evaluations: dict[int, evaluation.Evaluation]  # round id -> evaluation, oldest first, this round last
-    labels: tuple[str, ...]  # class id -> label
-    note: str
 
 
 def measure(work: Work, weights: Path, truths: Sequence[TaskTruth], holdout: Sequence[int]) -> Measured:
@@ -340,12 +324,55 @@ def measure(work: Work, weights: Path, truths: Sequence[TaskTruth], holdout: Seq
     )
     own.artifacts.put(work.key("detections.npz"), raw.save())
     labels = work.label_map.labels
-    earlier, missing = _earlier_detections(work)
-    detections = {**earlier, work.round.id: renamed(raw, detector.names, labels)}
-    evaluations = on_common_images(detections, truths)
-    own.artifacts.put(work.key("evaluation.npz"), evaluations[work.round.id].arrays.save())
+    incomplete = _complete_earlier(work, raw.keys.tolist(), truths)
+    earlier, lost = earlier_detections(work.services, work.project.id, labels, but=work.round.id)
     unread = f"{len(broken)} holdout images could not be read: {next(iter(broken.values()))}" if broken else ""
-    return Measured(evaluations, labels, " ".join(filter(None, (evaluations[work.round.id].reason, unread, missing))))
+    measured = compare({**earlier, work.round.id: renamed(raw, detector.names, labels)}, truths, labels)
+    this = measured.evaluations[work.round.id]
+    own.artifacts.put(work.key("evaluation.npz"), this.arrays.save())
+    return replace(measured, note=" ".join(filter(None, (this.reason, unread, lost, incomplete))))
+
+
+def _complete_earlier(work: Work, readable: Sequence[int], truths: Sequence[TaskTruth]) -> str:
+    """Earlier detectors look at holdout images that joined after their round: rounds are compared on what all saw.
+
+    Returns: a sentence about rounds whose weights are lost; they keep the comparison to the images they saw.
+    """
+    with work.services.store.read() as connection:
+        rows = [row for row in measured_rounds(connection, work.project.id) if row.id != work.round.id]
+    labelled = {truth.task_id for truth in truths} & set(readable)
+    lost = []
+    for row in rows:
+        key = round_key(row.project_id, row.number, "detections.npz")
+        try:
+            seen = evaluation.Detections.load(work.services.artifacts.get(key))
+        except NotFound:
+            continue  # `earlier_detections` says so
+        missing = sorted(labelled - set(seen.keys.tolist()))
+        if missing and not _look_again(work, row, key, seen, missing):
+            lost.append(str(row.number))
+    told = f"Weights of round {', '.join(lost)} are lost: later holdout images are left out of the comparison."
+    return told if lost else ""
+
+
+def _look_again(work: Work, row: Row[Any], key: str, seen: evaluation.Detections, missing: Sequence[int]) -> bool:
+    from worker.detector import Detector, collect_detections
+
+    own = work.services
+    try:
+        path = own.artifacts.local(row.weights, row.weights_sha256)
+    except NotFound:
+        return False
+    detector = Detector.load(path, own.settings.device, expected_sha256=row.weights_sha256, half=False)
+    found = collect_detections(
+        detector,
+        _holdout_images(work, missing, work.label_map.image_key, {}),
+        rounds.settings_of(row).imgsz,
+        progress=lambda done: work.progress("evaluating", done=done, total=len(missing)),
+    )
+    work.lease.check()
+    own.artifacts.put(key, joined(seen, found).save())
+    return True
 
 
 def _holdout_images(work: Work, task_ids: Sequence[int], key: str, broken: dict[int, str]) -> Iterator[tuple[int, Any]]:
@@ -355,56 +382,3 @@ def _holdout_images(work: Work, task_ids: Sequence[int], key: str, broken: dict[
             yield task_id, decode_image(fetch(task_id), work.services.images.max_pixels)
         except ImageUnusable as error:
             broken[task_id] = str(error)
-
-
-def _earlier_detections(work: Work) -> tuple[dict[int, evaluation.Detections], str]:
-    """What earlier rounds saw on the holdout, with class ids of today's label config; and which are lost."""
-    with work.services.store.read() as connection:
-        rows = [row for row in measured_rounds(connection, work.project.id) if row.id != work.round.id]
-    found: dict[int, evaluation.Detections] = {}
-    lost = []
-    for row in rows:
-        try:
-            content = work.services.artifacts.get(round_key(row.project_id, row.number, "detections.npz"))
-        except NotFound:
-            lost.append(str(row.number))
-            continue
-        names = {int(key): name for key, name in loads(row.report).get("names", {}).items()}
-        found[row.id] = renamed(evaluation.Detections.load(content), names, work.label_map.labels)
-    return found, f"Detections of round {', '.join(lost)} are lost: it is not compared." if lost else ""
-
-
-def _columns(found: evaluation.Evaluation, labels: Sequence[str]) -> dict[str, Any]:
-    """An evaluation as columns of `rounds`."""
-    per_class = {
-        labels[class_id]: {"ap50": ap50, "ap50_95": found.ap50_95[class_id], "boxes": found.n_boxes[class_id]}
-        for class_id, ap50 in found.ap50.items()
-    }
-    return {
-        "map50": found.map50,
-        "map50_95": found.map50_95,
-        "holdout_labels": found.n_images,
-        "per_class": json.dumps(per_class),
-    }
-
-
-def _write_curve(connection: Connection, work: Work, measured: Measured) -> None:
-    """Every compared round's mAP, gain and AP per class, on one holdout; and this round's verdict."""
-    labels_of = {row.id: row.labels for row in measured_rounds(connection, work.project.id)}
-    this = connection.execute(select(round_rows.c.labels).where(round_rows.c.id == work.round.id)).scalar_one()
-    points: list[tuple[int, float]] = []
-    is_measured = measured.evaluations[work.round.id].map50 is not None
-    for round_id, found in measured.evaluations.items():
-        if not is_measured and round_id != work.round.id:
-            continue  # without a labelled holdout today, the earlier figures are the best there are
-        gain = None
-        if found.map50 is not None:
-            gain = round(found.map50 - points[-1][1], 6) if points else None
-            points.append((this if round_id == work.round.id else labels_of[round_id], found.map50))
-        row = update(round_rows).where(round_rows.c.id == round_id)
-        connection.execute(row.values(gain=gain, **_columns(found, measured.labels)))
-    query = select(func.sum(task_annotations.c.lead_time)).where(task_annotations.c.project_id == work.project.id)
-    seconds = connection.execute(query.where(~task_annotations.c.cancelled)).scalar_one()
-    verdict = base_verdict(points, work.settings.min_map_gain)
-    values = {"minutes": (seconds or 0.0) / 60, "verdict": json.dumps(verdict)}
-    connection.execute(update(round_rows).where(round_rows.c.id == work.round.id).values(**values))

@@ -18,6 +18,7 @@ from worker.evaluation import (
     EvaluationArrays,
     Truth,
     average_precision,
+    bootstrap_map50,
     box_iou,
     evaluate,
     match,
@@ -280,6 +281,75 @@ def test_equal_to_ultralytics_functions() -> None:
         assert result.map50_95 == pytest.approx(ap.mean(), abs=1e-12)
         seen += 1
     assert seen > 30
+
+
+def drawn_again(arrays: EvaluationArrays, counts: np.ndarray) -> EvaluationArrays:
+    """The evaluation of a list that holds image i `counts[i]` times."""
+    found = np.repeat(np.arange(len(arrays.conf)), counts[arrays.pred_img])
+    true = np.repeat(np.arange(len(arrays.target_cls)), counts[arrays.target_img])
+    return EvaluationArrays(
+        arrays.keys,
+        arrays.tp[found],
+        arrays.conf[found],
+        arrays.pred_cls[found],
+        arrays.pred_img[found],
+        arrays.target_cls[true],
+        arrays.target_img[true],
+    )
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 10**6))
+def test_every_bootstrap_sample_is_the_map_of_the_images_it_drew(seed: int) -> None:
+    arrays = evaluate(*random_scene(seed)).arrays
+    if not len(arrays.target_cls):
+        with pytest.raises(ValueError, match="at least one box"):
+            bootstrap_map50([arrays], 4)
+        return
+    samples = bootstrap_map50([arrays], 8, seed=seed)
+    n = len(arrays.keys)
+    rng = np.random.default_rng(seed)
+    counts = rng.multinomial(n, np.full(n, 1 / n), size=8)
+    has_box = np.bincount(arrays.target_img, minlength=n) > 0
+    for sample, drawn in zip(samples[:, 0], counts, strict=True):
+        if not drawn @ has_box:
+            continue  # such a sample is drawn again
+        anew = drawn_again(arrays, drawn)
+        assert sample == pytest.approx(average_precision(anew, np.unique(anew.target_cls))[:, 0].mean(), abs=1e-9)
+
+
+def test_a_bootstrap_of_one_image_is_its_map() -> None:
+    found = evaluate(detections_of([(BOX, 0.9, 0)]), truth_of_images([(BOX, 0), (FAR, 0)]))
+    assert bootstrap_map50([found.arrays], 5)[:, 0].tolist() == pytest.approx([found.map50] * 5)
+
+
+def test_the_spread_of_a_bootstrap_by_hand() -> None:
+    # of 100 images with a box each, the detector finds every other one and is never wrong: mAP is the share found
+    images = [[(BOX, 0.9, 0)] if index % 2 else [] for index in range(100)]
+    arrays = evaluate(detections_of(*images), truth_of_images(*([(BOX, 0)] for _ in range(100)))).arrays
+    samples = bootstrap_map50([arrays], 2000, seed=1)[:, 0]
+    assert samples.std() == pytest.approx(np.sqrt(0.25 / 100), rel=0.1)  # a binomial share
+    assert samples.mean() == pytest.approx(0.5, abs=0.01)
+
+
+def test_the_bootstrap_is_paired() -> None:
+    worse = [[(BOX, 0.9, 0)] if index % 2 else [] for index in range(60)]
+    better = [[(BOX, 0.9, 0)] if index % 2 or index % 4 == 0 else [] for index in range(60)]
+    truth = truth_of_images(*([(BOX, 0)] for _ in range(60)))
+    rounds = [evaluate(detections_of(*images), truth).arrays for images in (worse, better, worse)]
+    samples = bootstrap_map50(rounds, 600)
+    assert samples.shape == (600, 3)
+    assert (samples[:, 0] == samples[:, 2]).all()
+    assert (samples[:, 1] >= samples[:, 0] - 1e-12).all()  # it finds all that the other finds, and more
+    assert (bootstrap_map50(rounds, 600) == samples).all()
+
+
+def test_a_bootstrap_needs_the_same_images() -> None:
+    one = evaluate(detections_of([(BOX, 0.9, 0)], keys=[1]), truth_of_images([(BOX, 0)], keys=[1])).arrays
+    other = evaluate(detections_of([(BOX, 0.9, 0)], keys=[2]), truth_of_images([(BOX, 0)], keys=[2])).arrays
+    with pytest.raises(ValueError, match="the same images"):
+        bootstrap_map50([one, other], 10)
+    assert bootstrap_map50([], 10).shape == (10, 0)
 
 
 def test_importing_and_running_it_loads_no_torch() -> None:
