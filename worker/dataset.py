@@ -166,11 +166,11 @@ def write_dataset(
     with _fresh(folder) as fresh:
         for truth in _with_progress(truths, progress):
             try:
-                _write_image(fresh / "images", truth.task_id, fetch(truth.task_id), max_pixels)
+                write_image(fresh / "images", truth.task_id, fetch(truth.task_id), max_pixels)
             except ImageUnusable as error:
                 left_out[truth.task_id] = str(error)
                 continue
-            _write_labels(fresh / "labels", truth, len(names))
+            write_labels(fresh / "labels", truth, len(names))
             written.append(truth)
         _check_learnable(written, left_out)
         _write_yaml(fresh, folder, names)
@@ -241,14 +241,14 @@ def _passes_verify(content: bytes) -> bool:
     return True
 
 
-def _write_image(folder: Path, task_id: int, content: bytes, max_pixels: int) -> str:
+def write_image(folder: Path, task_id: int, content: bytes, max_pixels: int) -> str:
     stored, suffix = storable(content, max_pixels)
     name = f"{task_id}{suffix}"
     (folder / name).write_bytes(stored)
     return name
 
 
-def _write_labels(folder: Path, truth: TaskTruth, n_classes: int) -> None:
+def write_labels(folder: Path, truth: TaskTruth, n_classes: int) -> None:
     if len(truth.class_ids) and not 0 <= truth.class_ids.min() <= truth.class_ids.max() < n_classes:
         raise ValueError(f"task {truth.task_id} has class ids {sorted(set(truth.class_ids.tolist()))} of {n_classes}")
     lines = [

@@ -22,9 +22,11 @@ from worker.errors import (
     NotFound,
     Unavailable,
 )
+from worker.holdout import remeasure_if_changed
+from worker.preview import make_preview
 from worker.publishing import purge_versions, select_and_publish
 from worker.retraining import train_and_measure, train_one_member
-from worker.scoring import score_alone, score_late, score_one_shard
+from worker.scoring import plan_selection, score_alone, score_late, score_one_shard
 from worker.services import Services, from_environment
 from worker.store import (
     OPEN_STATES,
@@ -34,6 +36,7 @@ from worker.store import (
     projects,
     record_event,
 )
+from worker.suspects import find_suspects
 from worker.syncing import sync_project
 from worker.work import Work, clear_progress
 
@@ -73,6 +76,11 @@ def train_member(step_id: int, attempt: int) -> None:
 def score_shard(step_id: int, attempt: int) -> None:
     """Boxes, uncertainty and embedding of one shard's images."""
     _run(step_id, attempt, score_one_shard)
+
+
+def reselect(step_id: int, attempt: int) -> None:
+    """First step of a round that trains nothing: what there is to select from."""
+    _run(step_id, attempt, plan_selection)
 
 
 def publish(step_id: int, attempt: int) -> None:
@@ -138,6 +146,16 @@ def predict(project_id: int, images: Sequence[Sequence[Any]]) -> list[dict[str, 
     return score_alone(services(), project_id, [(int(task_id), str(image)) for task_id, image in images])
 
 
+def preview(project_id: int, preview_id: str) -> None:
+    """A batch under other settings, for the page."""
+    make_preview(services(), project_id, preview_id)
+
+
+def suspects(project_id: int, round_id: int) -> None:
+    """Labels that confident detections disagree with, for the page."""
+    find_suspects(services(), project_id, round_id)
+
+
 def reconcile() -> None:
     """Every minute: send again what was lost, and find what webhooks missed."""
     own = services()
@@ -190,5 +208,6 @@ def _reconcile_project(own: Services, project: Row[Any]) -> None:
     if opened is not None:
         with own.store.write() as connection:
             record_event(connection, project.id, "reconciled", detail="a round was opened that no webhook had opened")
+    remeasure_if_changed(own, project.id)
     score_late(own, project.id)
     heal(own, project.id)  # after it: a version can be served from its first prediction on

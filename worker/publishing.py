@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from sqlalchemy import Connection, bindparam, func, select, update
+from numpy.typing import NDArray
+from sqlalchemy import Connection, Row, bindparam, func, select, update
 
 from strategies.diversity import near_duplicates_of_labelled
 from strategies.late import DISAGREEMENT
@@ -19,6 +21,7 @@ from worker.errors import (
     LabelStudioRefused,
     Unavailable,
 )
+from worker.holdout import grow_holdout
 from worker.label_studio import (
     is_our_version,
     model_version,
@@ -26,11 +29,15 @@ from worker.label_studio import (
     prediction,
     published_score,
 )
-from worker.scoring import shard_embeddings
+from worker.pruning import prune
+from worker.reuse import shard_embeddings
 from worker.selection import Batch, ScoredTasks, draw_holdout, first_batch, generator, next_batch
+from worker.services import Services
+from worker.settings import ProjectSettings
 from worker.store import (
     get_project,
     labelled_task_ids,
+    loads,
     open_round_of,
     projects,
     scores,
@@ -42,6 +49,8 @@ from worker.syncing import sync_project
 from worker.work import MEASURES, Work, clear_progress
 
 log = logging.getLogger(__name__)
+
+MAX_ALIKE = 24  # task ids in the manifest; their number is exact
 
 
 def select_and_publish(work: Work) -> None:
@@ -115,7 +124,7 @@ def _training_share(connection: Connection, work: Work) -> int:
 def _select(work: Work) -> Batch:
     own = work.services
     with own.store.read() as connection:
-        scored = _scored_tasks(connection, work)
+        scored = scored_tasks(connection, own, work.round)
         labelled = rounds.task_ids_of_annotations(connection, work.project.id)
         held = rounds.holdout_of(connection, work.project.id)
         barred = rounds.not_for_training(connection, work.project.id)
@@ -125,17 +134,41 @@ def _select(work: Work) -> Batch:
         held, notes = _draw_splits(work, scored, is_labelled, held)
         with own.store.read() as connection:
             barred = rounds.not_for_training(connection, work.project.id)
+    held, grown = grow_holdout(work, scored, is_labelled, held)
+    if grown is not None:
+        notes += grown
+        with own.store.read() as connection:
+            barred = rounds.not_for_training(connection, work.project.id)
+    batch = choose(scored, is_labelled, held, barred, work.settings, work.project.id, work.round.number)
+    batch.notes.extend(notes)
+    return batch
+
+
+def choose(
+    scored: ScoredTasks,
+    is_labelled: NDArray[np.bool_],
+    held: Mapping[int, bool | None],
+    barred: set[int],
+    settings: ProjectSettings,
+    project_id: int,
+    number: int,
+) -> Batch:
+    """The batch of round `number`: what is left of the holdout, and what the strategy picks. Writes nothing.
+
+    Args:
+        scored: all scored tasks.
+        is_labelled: (N,) has an annotation.
+        held: task id -> in the holdout?
+        barred: task ids that are never trained on.
+    """
     in_holdout = np.array([held.get(int(task_id)) is True for task_id in scored.task_ids], dtype=bool)
     pool = scored.rows(~is_labelled & ~np.isin(scored.task_ids, list(barred)))
     known = scored.rows(is_labelled | in_holdout)  # neither is asked for again, nor are their near-duplicates
     left = [int(task_id) for task_id in scored.task_ids[in_holdout & ~is_labelled]]
-    generator(work.settings, work.project.id, 0, "holdout order").shuffle(left)
-    if work.round.number == 0:
-        batch = first_batch(pool, known, left, work.settings, work.project.id)
-    else:
-        batch = next_batch(pool, known, left, work.settings, work.project.id, work.round.number)
-    batch.notes.extend(notes)
-    return batch
+    generator(settings, project_id, 0, "holdout order").shuffle(left)
+    if number == 0:
+        return first_batch(pool, known, left, settings, project_id)
+    return next_batch(pool, known, left, settings, project_id, number)
 
 
 def _draw_splits(
@@ -182,16 +215,17 @@ def _mark_twins(
     return [f"{len(twins)} new images look like images of the holdout: they are not trained on"] if twins else []
 
 
-def _scored_tasks(connection: Connection, work: Work) -> ScoredTasks:
+def scored_tasks(connection: Connection, own: Services, round_row: Row[Any]) -> ScoredTasks:
+    """What a round scored, by task id, with its embeddings. Not what was scored alone after it."""
     query = (
         select(scores.c.task_id, scores.c.shard, scores.c.row, *(scores.c[name] for name in (*MEASURES, DISAGREEMENT)))
-        .join(tasks, (tasks.c.task_id == scores.c.task_id) & (tasks.c.project_id == work.project.id))
-        .where(scores.c.round_id == work.round.id, scores.c.row.is_not(None), scores.c.shard >= 0, ~tasks.c.deleted)
+        .join(tasks, (tasks.c.task_id == scores.c.task_id) & (tasks.c.project_id == round_row.project_id))
+        .where(scores.c.round_id == round_row.id, scores.c.row.is_not(None), scores.c.shard >= 0, ~tasks.c.deleted)
         .order_by(scores.c.task_id)
     )
     rows = connection.execute(query).all()
     shards = {
-        shard: shard_embeddings(work.services, work.project.id, work.round.number, shard)
+        shard: shard_embeddings(own, round_row.project_id, round_row.number, shard)
         for shard in sorted({row.shard for row in rows})
     }
     size = next(iter(shards.values())).shape[1] if shards else 1
@@ -236,11 +270,35 @@ def _write_selection(work: Work, batch: Batch) -> None:
         "options": batch.options,
         "notes": batch.notes,
         "tasks": [
-            {"rank": rank, "task_id": task_id, "utility": batch.utilities.get(task_id), **batch.parts.get(task_id, {})}
+            {
+                "rank": rank,
+                "task_id": task_id,
+                "utility": batch.utilities.get(task_id),
+                **batch.parts.get(task_id, {}),
+                **_alike(batch.alike.get(task_id, [])),
+            }
             for rank, task_id in enumerate(batch.task_ids)
         ],
+        "classes": class_counts(own, work.round.id, [one for one in batch.task_ids if one in batch.utilities]),
     }
     own.artifacts.put(work.key("manifest.json"), json.dumps(manifest, indent=1).encode())
+
+
+def _alike(task_ids: list[int]) -> dict[str, Any]:
+    return {"alike": len(task_ids), "alike_task_ids": task_ids[:MAX_ALIKE]} if task_ids else {}
+
+
+def class_counts(own: Services, round_id: int, task_ids: Sequence[int]) -> dict[str, int]:
+    """Label -> boxes that a round predicted on these tasks."""
+    found: Counter[str] = Counter()
+    with own.store.read() as connection:
+        for start in range(0, len(task_ids), 500):
+            query = select(scores.c.regions).where(
+                scores.c.round_id == round_id, scores.c.task_id.in_(task_ids[start : start + 500])
+            )
+            for regions in connection.execute(query).scalars():
+                found.update(label for region in loads(regions) for label in region["value"].get("rectanglelabels", ()))
+    return dict(found)
 
 
 def _send_predictions(work: Work, version: str) -> int:
@@ -298,7 +356,7 @@ def _predictions(work: Work, version: str, total: int) -> Iterator[dict[str, Any
 
 
 def purge_versions(work: Work) -> None:
-    """Versions of ours that are neither served nor about to be."""
+    """Versions of ours that are neither served nor about to be; and what nobody needs of old rounds."""
     with work.services.store.read() as connection:
         project = get_project(connection, work.project.id)
         open_round = open_round_of(connection, work.project.id)
@@ -307,4 +365,5 @@ def purge_versions(work: Work) -> None:
         if is_our_version(version) and version not in (project.published_version, coming):
             work.lease.check()
             work.services.label_studio.delete_version(work.project.id, version)
+    prune(work.services, work.project.id)
     steps.finish(work.lease, lambda connection: None)

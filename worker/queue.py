@@ -43,7 +43,10 @@ QUEUES = (TRAIN, SCORE, PREDICT, CONTROL)
 # Whole names, not a prefix: RQ walks attributes, so "worker.jobs.os.system" would be a function of worker.jobs.
 JOB_FUNCTIONS = frozenset(
     f"worker.jobs.{name}"
-    for name in ("attach", "retrain", "train_member", "score_shard", "publish", "predict", "purge", "reconcile")
+    for name in (
+        *("attach", "retrain", "train_member", "score_shard", "reselect", "publish", "purge"),  # steps of a round
+        *("predict", "reconcile", "preview", "suspects"),
+    )
 )
 
 SERIALIZER = "json"
@@ -136,7 +139,8 @@ def queue(name: str, conn: redis.Redis) -> Queue:
 
 
 @contextlib.contextmanager
-def _redis_border() -> Iterator[None]:
+def redis_border() -> Iterator[None]:
+    """What goes wrong with Redis in here is QueueUnavailable."""
     try:
         yield
     except redis.RedisError as error:
@@ -151,7 +155,7 @@ def ping(conn: redis.Redis) -> None:
     Raises:
         QueueUnavailable: it does not.
     """
-    with _redis_border():
+    with redis_border():
         conn.ping()
 
 
@@ -204,7 +208,7 @@ def enqueue_unique(
     """
     _check_job(queue_name, function, args)
     try:
-        with _redis_border():
+        with redis_border():
             queue(queue_name, conn).enqueue(
                 function,
                 args=tuple(args),
@@ -239,7 +243,7 @@ def call_predict(conn: redis.Redis, args: Sequence[Any], timeout: float, job_tim
     function = "worker.jobs.predict"
     _check_job(PREDICT, function, args)
     deadline = time.monotonic() + timeout
-    with _redis_border():
+    with redis_border():
         job = queue(PREDICT, conn).enqueue(
             function,
             args=tuple(args),
@@ -294,7 +298,7 @@ def job_state(conn: redis.Redis, queue_name: str, step_id: int, attempt: int) ->
         QueueUnavailable: Redis does not answer.
     """
     job_id = step_job_id(step_id, attempt)
-    with _redis_border():
+    with redis_border():
         state = _look(conn, queue_name, job_id)
         if state is JobState.LOST:  # or a worker has popped it this moment
             time.sleep(POPPED_GRACE)
@@ -324,7 +328,7 @@ def running_seconds(conn: redis.Redis, step_id: int, attempt: int) -> float:
     Raises:
         QueueUnavailable: Redis does not answer.
     """
-    with _redis_border():
+    with redis_border():
         try:
             job = SafeJob.fetch(step_job_id(step_id, attempt), connection=conn, serializer=SERIALIZER)
         except NoSuchJobError:
@@ -341,7 +345,7 @@ def stop_step(conn: redis.Redis, step_id: int, attempt: int) -> bool:
     Raises:
         QueueUnavailable: Redis does not answer.
     """
-    with _redis_border():
+    with redis_border():
         try:
             job = SafeJob.fetch(step_job_id(step_id, attempt), connection=conn, serializer=SERIALIZER)
             if job.get_status(refresh=False) == JobStatus.STARTED:
@@ -359,7 +363,7 @@ def queue_lengths(conn: redis.Redis) -> dict[str, int]:
     Raises:
         QueueUnavailable: Redis does not answer.
     """
-    with _redis_border():
+    with redis_border():
         return {name: queue(name, conn).count for name in QUEUES}
 
 
@@ -374,7 +378,7 @@ def set_progress(conn: redis.Redis, project_id: int, ttl: int = PROGRESS_TTL, **
         QueueUnavailable: Redis does not answer. Work that only reports should go on.
     """
     key = progress_key(project_id)
-    with _redis_border(), conn.pipeline() as pipeline:
+    with redis_border(), conn.pipeline() as pipeline:
         if fields:
             pipeline.hset(key, mapping={name: json.dumps(value) for name, value in fields.items()})
         pipeline.expire(key, ttl)
@@ -387,7 +391,7 @@ def get_progress(conn: redis.Redis, project_id: int) -> dict[str, Any]:
     Raises:
         QueueUnavailable: Redis does not answer.
     """
-    with _redis_border():
+    with redis_border():
         stored: Any = conn.hgetall(progress_key(project_id))
     return {name.decode(): json.loads(value) for name, value in stored.items()}
 
@@ -398,7 +402,7 @@ def clear_progress(conn: redis.Redis, project_id: int) -> None:
     Raises:
         QueueUnavailable: Redis does not answer.
     """
-    with _redis_border():
+    with redis_border():
         conn.delete(progress_key(project_id))
 
 

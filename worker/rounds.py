@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import time
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from sqlalchemy import Connection, Row, bindparam, delete, exists, func, insert, select, update
 
 from worker import steps
-from worker.errors import Conflict
+from worker.errors import BadRequest, Conflict
 from worker.label_studio import PENDING_VERSION
 from worker.settings import ProjectSettings, parse_project_settings
 from worker.store import (
@@ -35,7 +36,12 @@ ATTACH_DELAY = 2.0  # seconds: Label Studio registers its webhook to us after ou
 
 
 def connect_project(
-    connection: Connection, project_id: int, label_config: str, settings: ProjectSettings, backend_url: str
+    connection: Connection,
+    project_id: int,
+    label_config: str,
+    settings: ProjectSettings,
+    backend_url: str,
+    who: str = "Label Studio",
 ) -> bool:
     """What /setup does: remember the project, and open round 0 when there is none. True: it was opened now.
 
@@ -53,8 +59,9 @@ def connect_project(
     row = lock_project(connection, project_id)
     changed = any(getattr(row, name) != value for name, value in values.items())
     if changed:
+        told = f"{_changes(row, values)}, by {_asker(row, settings) or who}"
         connection.execute(update(projects).where(projects.c.id == project_id).values(**values))
-        record_event(connection, project_id, "settings", detail=values["extra_params"])
+        record_event(connection, project_id, "settings", detail=told)
         # Label Studio calls with the old settings first, then with the new: a first round not yet begun takes these
         begins = select(step_rows.c.round_id).where(
             step_rows.c.kind == "attach", step_rows.c.state.in_(("waiting", "sent"))
@@ -65,6 +72,39 @@ def connect_project(
     if last is None or (changed and last.number == 0 and last.state == "failed"):
         return _open_first_round(connection, project_id)
     return False
+
+
+def ask_settings(connection: Connection, project_id: int, settings: ProjectSettings | None, who: str = "") -> None:
+    """The page gives Label Studio these settings now, which calls our /setup with them: so that the log says who.
+
+    None: that is over.
+    """
+    asked = None if settings is None else json.dumps({"who": who, "settings": settings.model_dump(exclude_unset=True)})
+    connection.execute(update(projects).where(projects.c.id == project_id).values(asked=asked))
+
+
+def _asker(project: Row[Any], settings: ProjectSettings) -> str:
+    asked = json.loads(project.asked or "{}")
+    return str(asked["who"]) if asked.get("settings") == settings.model_dump(exclude_unset=True) else ""
+
+
+def _changes(before: Row[Any], after: Mapping[str, str]) -> str:
+    """What is different now, in words: for the log."""
+    told = setting_changes(json.loads(before.extra_params or "{}"), json.loads(after["extra_params"]))
+    told += ["the label config"] if before.label_config != after["label_config"] else []
+    if before.backend_url != after["backend_url"]:
+        told.append(f"this backend's address: {before.backend_url or 'none'} -> {after['backend_url']}")
+    return "; ".join(told) or "as before, written differently"
+
+
+def setting_changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+    """`batch_size: 200 -> 50`, one of each setting that changed. Not set: its default."""
+
+    def told(values: Mapping[str, Any], name: str) -> str:
+        return json.dumps(values[name], ensure_ascii=False)[:200] if name in values else "default"
+
+    names = [name for name in ProjectSettings.model_fields if before.get(name) != after.get(name)]
+    return [f"{name}: {told(before, name)} -> {told(after, name)}" for name in names]
 
 
 def _open_first_round(connection: Connection, project_id: int) -> bool:
@@ -105,10 +145,7 @@ def open_round(connection: Connection, project_id: int, why: str) -> int:
         NotFound: the project is not connected.
         Conflict: a round is open already, or the first batch is not published yet.
     """
-    lock_project(connection, project_id)
-    running = open_round_of(connection, project_id)
-    if running is not None:
-        raise Conflict(f"round {running.number} of project {project_id} is {running.state}; wait for it, or cancel it")
+    _check_free(connection, project_id)
     last = latest_round(connection, project_id)
     if last is None or (last.number == 0 and last.state != "done"):
         if _open_first_round(connection, project_id):
@@ -121,6 +158,103 @@ def open_round(connection: Connection, project_id: int, why: str) -> int:
     steps.add(connection, round_id, "train")
     record_event(connection, project_id, "round opened", key=f"round-{round_id}", detail=why)
     return round_id
+
+
+def _check_free(connection: Connection, project_id: int) -> None:
+    """
+    Raises:
+        NotFound: the project is not connected.
+        Conflict: it is paused, or a round is open already.
+    """
+    if lock_project(connection, project_id).paused_at is not None:
+        raise Conflict(f"project {project_id} is paused. Resume it first")
+    running = open_round_of(connection, project_id)
+    if running is not None:
+        raise Conflict(f"round {running.number} of project {project_id} is {running.state}; wait for it, or cancel it")
+
+
+def open_select_round(connection: Connection, project_id: int, settings: ProjectSettings, why: str) -> int:
+    """Open a round that only selects and publishes, with `settings`, on the detector that is published; its id.
+
+    It scores what that detector has not scored yet: nothing, as a rule.
+
+    Raises:
+        NotFound: the project is not connected.
+        Conflict: a round is open already, the project is paused, or no detector was trained yet.
+    """
+    _check_free(connection, project_id)
+    source, last = selectable_round(connection, project_id), latest_round(connection, project_id)
+    assert last is not None  # there is a published one
+    round_id = _insert_round(connection, project_id, last.number + 1, why)
+    taken = {name: getattr(source, name) for name in ("weights", "weights_sha256", "embedder", "report")}
+    values = {"kind": "select", "settings": settings.model_dump_json(exclude_unset=True), **taken}
+    connection.execute(update(rounds).where(rounds.c.id == round_id).values(**values))
+    steps.add(connection, round_id, "select")
+    record_event(connection, project_id, "round opened", key=f"round-{round_id}", detail=why)
+    return round_id
+
+
+def selectable_round(connection: Connection, project_id: int) -> Row[Any]:
+    """The published round, when a batch can be chosen from its scores under other settings.
+
+    Raises:
+        NotFound: the project is not connected.
+        Conflict: nothing is published, or no round has trained a detector yet.
+    """
+    project = get_project(connection, project_id)
+    if project.published_round_id is None:
+        raise Conflict(f"project {project_id} has no published batch yet")
+    source = get_round(connection, project.published_round_id)
+    if source.number == 0:
+        raise Conflict(
+            "the first batch is the holdout and a diverse seed, whatever the strategy: no detector has been trained "
+            "yet. Other settings can be tried after the first training"
+        )
+    return source
+
+
+def pause(connection: Connection, project_id: int, paused: bool, who: str) -> None:
+    """From now on no round opens by itself and no step is started; what runs finishes its step. Or it goes on."""
+    before = lock_project(connection, project_id).paused_at is not None
+    if before == paused:
+        return
+    at = time.time() if paused else None
+    connection.execute(update(projects).where(projects.c.id == project_id).values(paused_at=at))
+    record_event(connection, project_id, "paused" if paused else "resumed", detail=f"by {who}")
+
+
+def retry_round(connection: Connection, project_id: int, who: str) -> int:
+    """Re-open the latest round, which failed, at the step that failed; its number. What it had done stands.
+
+    Raises:
+        NotFound: the project is not connected.
+        Conflict: a round is open, the project is paused, the latest round did not fail, or it has no failed step.
+    """
+    _check_free(connection, project_id)
+    last = latest_round(connection, project_id)
+    if last is None or last.state != "failed":
+        raise Conflict(f"the latest round of project {project_id} did not fail: there is nothing to try again")
+    failed = select(step_rows.c.kind).where(step_rows.c.round_id == last.id, step_rows.c.state == "failed")
+    kind = connection.execute(failed.order_by(step_rows.c.id.desc()).limit(1)).scalar_one_or_none()
+    if kind is None:
+        raise Conflict(f"round {last.number} has no step that failed. Start a new round")
+    again = update(rounds).where(rounds.c.id == last.id).values(error=None, closed_at=None)
+    connection.execute(again)
+    connection.execute(update(projects).where(projects.c.id == project_id).values(problem=None))
+    members = settings_of(last).committee_size
+    steps.reopen(connection, last.id, kind, steps.expected_shards(connection, last.id, kind, members))
+    record_event(connection, project_id, "round tried again", detail=f"round {last.number}, from {kind} on, by {who}")
+    return int(last.number)
+
+
+def retry_purge(connection: Connection, project_id: int) -> int:
+    """Old versions whose deletion failed are deleted again; how many rounds left some."""
+    theirs = select(rounds.c.id).where(rounds.c.project_id == project_id)
+    failed = select(step_rows.c.round_id).where(step_rows.c.kind == "purge", step_rows.c.state == "failed")
+    found = connection.execute(failed.where(step_rows.c.round_id.in_(theirs))).scalars().all()
+    for round_id in found:
+        steps.reopen(connection, round_id, "purge", {0})
+    return len(found)
 
 
 def mark_seen(connection: Connection, project_id: int, round_id: int, task_ids: Sequence[int] | None = None) -> None:
@@ -165,7 +299,9 @@ def trigger(connection: Connection, project_id: int) -> str | None:
     if last is None or last.state in OPEN_STATES or (last.number == 0 and last.state != "done"):
         return None
     settings = parse_project_settings(project.extra_params)
-    if project.stop_accepted_at is not None or rounds_done(connection, project_id) >= settings.max_rounds:
+    if project.paused_at is not None or project.stop_accepted_at is not None:
+        return None
+    if rounds_done(connection, project_id) >= settings.max_rounds:
         return None
     new, needed = towards_next(connection, project, last, settings)
     if not new or not count_new_labels(connection, project_id, holdout_too=False):
@@ -179,7 +315,7 @@ def trigger(connection: Connection, project_id: int) -> str | None:
 
 def rounds_done(connection: Connection, project_id: int) -> int:
     """Rounds that trained and published: what max_rounds counts."""
-    these = (rounds.c.project_id == project_id, rounds.c.number > 0, rounds.c.state == "done")
+    these = (rounds.c.project_id == project_id, rounds.c.number > 0, rounds.c.kind == "train", rounds.c.state == "done")
     return int(connection.execute(select(func.count()).select_from(rounds).where(*these)).scalar_one())
 
 
@@ -211,7 +347,7 @@ def close_round(connection: Connection, round_id: int, state: str, error: str | 
     if state == "failed":
         connection.execute(update(projects).where(projects.c.id == row.project_id).values(problem=error))
     detail = f"round {row.number} {state}" + (f": {error}" if error else "")
-    record_event(connection, row.project_id, f"round {state}", key=f"round-{round_id}-{state}", detail=detail)
+    record_event(connection, row.project_id, f"round {state}", detail=detail)
 
 
 def close_dead_rounds(connection: Connection) -> None:
@@ -243,6 +379,86 @@ def accept_stop(connection: Connection, project_id: int, accepted: bool) -> None
     record_event(connection, project_id, "stop accepted" if accepted else "stop withdrawn")
 
 
+def ask_for_holdout(connection: Connection, project_id: int, n: int) -> int:
+    """`n` more holdout images, drawn from the pool with the next batch; how many are waited for now. Requests add up.
+
+    Raises:
+        NotFound: the project is not connected.
+        BadRequest: not a whole number from 1 on, or more than half of the pool: something must be left to train on.
+    """
+    waiting = int(lock_project(connection, project_id).more_holdout)
+    if isinstance(n, bool) or not isinstance(n, int) or n < 1:
+        raise BadRequest(f"{n!r} more holdout images: give a whole number from 1 on")
+    spare = count_drawable(connection, project_id) // 2
+    if waiting + n > spare:
+        told = f", and {waiting} are asked for already" if waiting else ""
+        raise BadRequest(
+            f"{n} more holdout images: the pool can spare {spare}{told}. Ask for fewer, or import more images first"
+        )
+    connection.execute(update(projects).where(projects.c.id == project_id).values(more_holdout=waiting + n))
+    detail = f"{n} more holdout images asked for, {waiting + n} wait"
+    record_event(connection, project_id, "more holdout", detail=detail)
+    return waiting + n
+
+
+def withdraw_holdout(connection: Connection, project_id: int) -> int:
+    """Nobody asks for more holdout images any more; how many were waited for."""
+    waiting = int(lock_project(connection, project_id).more_holdout)
+    if waiting:
+        connection.execute(update(projects).where(projects.c.id == project_id).values(more_holdout=0))
+        detail = f"{waiting} more holdout images not wanted any more"
+        record_event(connection, project_id, "more holdout", detail=detail)
+    return waiting
+
+
+def drawable(project_id: int) -> Any:
+    """Query of task ids that may still join the holdout: with an image, never labelled, skipped or trained on."""
+    annotated = select(task_annotations.c.task_id).where(task_annotations.c.project_id == project_id)
+    return select(tasks.c.task_id).where(
+        tasks.c.project_id == project_id,
+        tasks.c.deleted.is_(False),
+        tasks.c.image_problem.is_(None),
+        tasks.c.holdout.is_not(True),
+        tasks.c.twin.is_(False),
+        tasks.c.seen_round_id.is_(None),
+        tasks.c.task_id.not_in(annotated),  # one list of them, not a look for each of 80,000 tasks
+    )
+
+
+def count_drawable(connection: Connection, project_id: int, up_to: int | None = None) -> int:
+    """How many there are. `up_to`: no more than that are counted, which a large project answers sooner."""
+    some = drawable(project_id).limit(up_to).subquery()
+    return int(connection.execute(select(func.count()).select_from(some)).scalar_one())
+
+
+def trained_on(connection: Connection, project_id: int) -> set[int]:
+    """Tasks that a round's dataset held, whether they are labelled today or not."""
+    query = select(tasks.c.task_id).where(tasks.c.project_id == project_id, tasks.c.seen_round_id.is_not(None))
+    return set(connection.execute(query.where(tasks.c.holdout.is_not(True))).scalars().all())
+
+
+def grow_holdout(
+    connection: Connection, project_id: int, task_ids: Sequence[int], twins: Sequence[int] = ()
+) -> list[int]:
+    """These join the holdout, their twins are never trained on, and nothing is waited for; those that really joined.
+
+    In one transaction: killed before it, the next attempt draws; killed after it, it finds nothing to draw. Somebody
+    may have labelled one since it was chosen, with boxes of a model before him: that one stays outside.
+    """
+    lock_project(connection, project_id)
+    still = set(connection.execute(drawable(project_id)).scalars().all())
+    joined = [task_id for task_id in task_ids if task_id in still]
+    one = update(tasks).where(tasks.c.project_id == project_id, tasks.c.task_id == bindparam("of"))
+    if joined:
+        connection.execute(one.values(holdout=True), [{"of": task_id} for task_id in joined])
+        if barred := [task_id for task_id in twins if task_id in still]:
+            connection.execute(one.values(twin=True), [{"of": task_id} for task_id in barred])
+        detail = f"{len(joined)} images of the pool joined the holdout"
+        record_event(connection, project_id, "holdout grew", detail=detail)
+    connection.execute(update(projects).where(projects.c.id == project_id).values(more_holdout=0))
+    return joined
+
+
 def remember_annotations(connection: Connection, project_id: int, found: Iterable[Mapping[str, Any]]) -> None:
     """Annotations as webhooks and exports give them. An older copy never replaces a newer one."""
     rows = {}
@@ -264,6 +480,7 @@ def _annotation_row(project_id: int, item: Mapping[str, Any]) -> dict[str, Any]:
     result = item.get("result")
     lead_time = item.get("lead_time")
     regions = result if isinstance(result, list) else []
+    boxes = [one for one in regions if isinstance(one, dict) and "rectanglelabels" in str(one.get("type"))]
     return {
         "project_id": project_id,
         "annotation_id": int(item["id"]),
@@ -271,10 +488,15 @@ def _annotation_row(project_id: int, item: Mapping[str, Any]) -> dict[str, Any]:
         "updated_at": str(item.get("updated_at") or "")[:40],
         "cancelled": bool(item.get("was_cancelled")),
         "lead_time": float(lead_time) if isinstance(lead_time, int | float) else None,
-        "n_boxes": sum(
-            1 for region in regions if isinstance(region, dict) and "rectanglelabels" in str(region.get("type"))
-        ),
+        "n_boxes": len(boxes),
+        "classes": json.dumps(Counter(label for region in boxes if (label := _label_of(region)))),
     }
+
+
+def _label_of(region: Mapping[str, Any]) -> str | None:
+    value = region.get("value")
+    names = value.get("rectanglelabels") if isinstance(value, dict) else None
+    return str(names[0])[:200] if isinstance(names, list) and names else None
 
 
 def forget_annotations(connection: Connection, project_id: int, annotation_ids: Iterable[int]) -> None:

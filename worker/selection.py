@@ -40,7 +40,8 @@ class ScoredTasks:
 class Batch:
     """The next batch: task ids in the order they are to be served, and the utility of every pool task.
 
-    `late` with `late_arrays` gives a utility to tasks that are scored later; `notes` are sentences for the page.
+    `late` with `late_arrays` gives a utility to tasks that are scored later; `notes` are sentences for the page;
+    `alike` names the pool tasks that look like one of the batch and are not in it.
     """
 
     task_ids: list[int]
@@ -51,6 +52,7 @@ class Batch:
     late: dict[str, float] = field(default_factory=dict)
     late_arrays: dict[str, NDArray[Any]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    alike: dict[int, list[int]] = field(default_factory=dict)
 
 
 def generator(settings: ProjectSettings, project_id: int, round_number: int, purpose: str) -> np.random.Generator:
@@ -173,7 +175,29 @@ def _as_batch(
     late = {name: float(value) for name, value in selection.late.items() if np.ndim(value) == 0}
     arrays = {name: np.asarray(value) for name, value in selection.late.items() if np.ndim(value) > 0}
     utilities = {key: float(value) for key, value in zip(keys, selection.utilities, strict=True)}
-    return Batch(interleave(picked, list(holdout_left)), utilities, parts, strategy, options, late, arrays)
+    order = interleave(picked, list(holdout_left))
+    alike = look_alikes(pool, selection.positions)
+    return Batch(order, utilities, parts, strategy, options, late, arrays, alike=alike)
+
+
+def look_alikes(pool: Pool, positions: NDArray[np.int64]) -> dict[int, list[int]]:
+    """Key of a chosen row -> keys of its near-duplicates that were not chosen. Of two alike the first has them."""
+    groups = pool.duplicate_groups
+    if groups is None or not len(positions):
+        return {}
+    sizes = np.bincount(groups)
+    chosen = np.zeros(len(groups), dtype=bool)
+    chosen[positions] = True
+    found: dict[int, list[int]] = {}
+    told: set[int] = set()
+    for position in positions:
+        group = int(groups[position])
+        if sizes[group] > 1 and group not in told:
+            told.add(group)
+            others = np.flatnonzero((groups == group) & ~chosen)
+            if len(others):
+                found[int(pool.keys[position])] = [int(key) for key in pool.keys[others]]
+    return found
 
 
 def interleave(first: Sequence[int], second: Sequence[int]) -> list[int]:

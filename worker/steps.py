@@ -19,7 +19,7 @@ from sqlalchemy import Connection, Row, delete, func, insert, or_, select, updat
 
 from worker import queue
 from worker.errors import JobFenced, QueueUnavailable
-from worker.store import Store, rounds, steps
+from worker.store import Store, projects, rounds, scores, steps
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +43,7 @@ KINDS = {
     "train": Kind(queue.TRAIN, "worker.jobs.retrain", 7 * 86_400, "training"),
     "member": Kind(queue.TRAIN, "worker.jobs.train_member", 7 * 86_400, "training"),
     "score": Kind(queue.SCORE, "worker.jobs.score_shard", 3600, "scoring"),
+    "select": Kind(queue.CONTROL, "worker.jobs.reselect", 3600, "scoring"),
     "publish": Kind(queue.CONTROL, "worker.jobs.publish", 7200, "publishing"),
     "purge": Kind(queue.CONTROL, "worker.jobs.purge", 7200, ""),
 }
@@ -67,10 +68,21 @@ def add(connection: Connection, round_id: int, kind: str, shards: Sequence[int] 
     return ids
 
 
+def _of_paused_projects() -> Any:
+    """Subquery: ids of the rounds whose project is paused."""
+    of_project = select(rounds.c.id).join(projects, projects.c.id == rounds.c.project_id)
+    return of_project.where(projects.c.paused_at.is_not(None))
+
+
 def send_waiting(store: Store, redis: Redis, round_id: int | None = None) -> int:
-    """Enqueue every step that waits and is due; returns how many. Redis away: they stay, the sweeper sends them."""
+    """Enqueue every step that waits and is due; returns how many. Redis away: they stay, the sweeper sends them.
+
+    Those of paused projects stay too.
+    """
     query = select(steps.c.id).where(
-        steps.c.state == "waiting", or_(steps.c.not_before.is_(None), steps.c.not_before <= time.time())
+        steps.c.state == "waiting",
+        or_(steps.c.not_before.is_(None), steps.c.not_before <= time.time()),
+        steps.c.round_id.not_in(_of_paused_projects()),
     )
     if round_id is not None:
         query = query.where(steps.c.round_id == round_id)
@@ -170,11 +182,14 @@ class Lease:
 
 
 def claim(store: Store, step_id: int, attempt: int) -> Lease | None:
-    """First line of every job. None: a stale or repeated delivery; return at once."""
+    """First line of every job. None: a stale or repeated delivery, or the project is paused; return at once."""
+    sent = (steps.c.id == step_id, steps.c.attempt == attempt, steps.c.state == "sent")
     with store.write() as connection:
+        paused = update(steps).where(*sent, steps.c.round_id.in_(_of_paused_projects()))
+        connection.execute(paused.values(state="waiting", sent_at=None))
         row = connection.execute(
             update(steps)
-            .where(steps.c.id == step_id, steps.c.attempt == attempt, steps.c.state == "sent")
+            .where(*sent)
             .values(state="running", lease_until=time.time() + LEASE, error=None)
             .returning(steps.c.id, steps.c.round_id, steps.c.attempt, steps.c.kind, steps.c.shard)
         ).first()
@@ -225,6 +240,24 @@ def fail(lease: Lease, reason: str, *, retry: bool) -> bool:
             connection.execute(again.values(state="waiting", not_before=time.time() + 5 * row.failures))
             return False
     return True
+
+
+def expected_shards(connection: Connection, round_id: int, kind: str, members: int) -> set[int]:
+    """The shards a round has of a kind of step: `members` besides the first of a committee, those that were planned of
+    a scoring, else one."""
+    if kind == "score":
+        query = select(scores.c.shard).where(scores.c.round_id == round_id, scores.c.shard >= 0).distinct()
+        return {int(shard) for shard in connection.execute(query).scalars()} or {0}
+    return set(range(1, members)) if kind == "member" else {0}
+
+
+def reopen(connection: Connection, round_id: int, kind: str, shards: set[int]) -> None:
+    """What failed of a kind begins anew, what is done stays, what was taken away is there again."""
+    here = (steps.c.round_id == round_id, steps.c.kind == kind)
+    fresh = {"state": "waiting", "failures": 0, "not_before": None, "sent_at": None, "lease_until": None}
+    connection.execute(update(steps).where(*here, steps.c.state == "failed").values(**fresh, error=None))
+    there = set(connection.execute(select(steps.c.shard).where(*here)).scalars())
+    add(connection, round_id, kind, sorted(shards - there))
 
 
 def drop_open(connection: Connection, round_id: int) -> None:

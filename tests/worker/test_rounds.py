@@ -13,7 +13,17 @@ from sqlalchemy import insert, select, update
 from worker import rounds, steps
 from worker.errors import Conflict, NotFound
 from worker.settings import ProjectSettings
-from worker.store import Store, events, get_project, latest_round, open_round_of, projects, task_annotations, tasks
+from worker.store import (
+    Store,
+    events,
+    get_project,
+    latest_round,
+    open_round_of,
+    projects,
+    scores,
+    task_annotations,
+    tasks,
+)
 from worker.store import rounds as round_rows
 from worker.store import steps as step_rows
 
@@ -424,3 +434,150 @@ def test_a_round_that_somebody_closed_stays_as_it_was_closed(published: Store) -
         rounds.close_round(connection, round_id, "done")
         rounds.close_round(connection, round_id, "cancelled", "too late")
     assert numbers(published) == [(0, "done"), (1, "done")]
+
+
+# --- pausing, trying again, selecting again ---------------------------------------------------------------------------
+
+
+def details(store: Store, kind: str) -> list[str]:
+    with store.read() as connection:
+        query = select(events.c.detail).where(events.c.kind == kind).order_by(events.c.id)
+        return list(connection.execute(query).scalars())
+
+
+def pause(store: Store, paused: bool) -> None:
+    with store.write() as connection:
+        rounds.pause(connection, 7, paused, "ada")
+
+
+def test_while_paused_no_round_opens_and_afterwards_it_does(published: Store) -> None:
+    pause(published, True)
+    with published.write() as connection:
+        label(connection, 1, 2, 3, 4)
+        assert rounds.open_round_if_triggered(connection, 7) is None
+        with pytest.raises(Conflict, match="project 7 is paused"):
+            rounds.open_round(connection, 7, "by hand")
+    pause(published, True)
+    pause(published, False)
+    with published.write() as connection:
+        assert rounds.open_round_if_triggered(connection, 7) is not None
+    assert (details(published, "paused"), details(published, "resumed")) == (["by ada"], ["by ada"])
+
+
+def open_and_fail(store: Store, kind: str, done: tuple[str, ...] = ()) -> int:
+    """A round whose step of `kind` failed for good, after steps of `done`."""
+    with store.write() as connection:
+        label(connection, 1, 2, 3, 4)
+        round_id = rounds.open_round(connection, 7, "test")
+        for earlier in done:
+            connection.execute(update(step_rows).where(step_rows.c.kind == earlier).values(state="done"))
+        if kind != "train":
+            steps.add(connection, round_id, kind, range(3) if kind == "score" else (0,))
+        this = update(step_rows).where(step_rows.c.round_id == round_id, step_rows.c.kind == kind)
+        connection.execute(this.where(step_rows.c.shard == 0).values(state="done" if kind == "score" else "failed"))
+        if kind == "score":  # 0 is done, 1 failed, 2 waits and is taken away
+            connection.execute(this.where(step_rows.c.shard == 1).values(state="failed", failures=3, error="boom"))
+            rows = [{"round_id": round_id, "task_id": one, "shard": one % 3} for one in range(1, 11)]
+            connection.execute(insert(scores), rows)
+        rounds.close_round(connection, round_id, "failed", "boom")
+    return round_id
+
+
+def states(store: Store, round_id: int) -> list[tuple[str, int, str, int]]:
+    with store.read() as connection:
+        columns = (step_rows.c.kind, step_rows.c.shard, step_rows.c.state, step_rows.c.failures)
+        query = select(*columns).where(step_rows.c.round_id == round_id).order_by(step_rows.c.kind, step_rows.c.shard)
+        return [tuple(row) for row in connection.execute(query)]  # type: ignore[misc]
+
+
+def test_a_round_is_tried_again_from_the_step_that_failed(published: Store) -> None:
+    round_id = open_and_fail(published, "train")
+    with published.write() as connection:
+        assert rounds.retry_round(connection, 7, "ada") == 1
+        row = open_round_of(connection, 7)
+        assert row is not None
+        assert (row.id, row.state, row.error, row.closed_at) == (round_id, "training", None, None)
+        assert get_project(connection, 7).problem is None
+    assert states(published, round_id) == [("train", 0, "waiting", 0)]
+    assert details(published, "round tried again") == ["round 1, from train on, by ada"]
+
+
+def test_a_scoring_is_tried_again_with_the_shards_that_were_taken_away_and_without_those_that_are_done(
+    published: Store,
+) -> None:
+    round_id = open_and_fail(published, "score", done=("train",))
+    assert states(published, round_id) == [("score", 0, "done", 0), ("score", 1, "failed", 3), ("train", 0, "done", 0)]
+    with published.write() as connection:
+        rounds.retry_round(connection, 7, "ada")
+    assert numbers(published) == [(0, "done"), (1, "scoring")]
+    assert states(published, round_id) == [
+        ("score", 0, "done", 0), ("score", 1, "waiting", 0), ("score", 2, "waiting", 0), ("train", 0, "done", 0),
+    ]  # fmt: skip
+
+
+def test_a_second_failure_is_in_the_log_like_the_first(published: Store) -> None:
+    round_id = open_and_fail(published, "train")
+    with published.write() as connection:
+        rounds.retry_round(connection, 7, "ada")
+        rounds.close_round(connection, round_id, "failed", "boom again")
+    assert details(published, "round failed") == ["round 1 failed: boom", "round 1 failed: boom again"]
+
+
+def test_only_the_latest_round_is_tried_again_and_only_when_it_failed(published: Store) -> None:
+    with published.write() as connection, pytest.raises(Conflict, match="did not fail"):
+        rounds.retry_round(connection, 7, "ada")
+    open_and_fail(published, "train")
+    pause(published, True)
+    with published.write() as connection, pytest.raises(Conflict, match="is paused"):
+        rounds.retry_round(connection, 7, "ada")
+    pause(published, False)
+    with published.write() as connection:
+        rounds.open_round(connection, 7, "another")
+        with pytest.raises(Conflict, match="round 2 of project 7 is training"):
+            rounds.retry_round(connection, 7, "ada")
+
+
+def test_a_deletion_of_old_versions_is_tried_again_without_its_round(published: Store) -> None:
+    with published.write() as connection:
+        row = latest_round(connection, 7)
+        assert row is not None
+        values = {"round_id": row.id, "kind": "purge", "state": "failed", "failures": 3, "error": "502"}
+        connection.execute(insert(step_rows).values(**values))
+        assert rounds.retry_purge(connection, 7) == 1
+        assert rounds.retry_purge(connection, 7) == 0
+    assert states(published, row.id) == [("attach", 0, "done", 0), ("purge", 0, "waiting", 0)]
+    assert numbers(published) == [(0, "done")]
+
+
+def test_a_round_that_only_selects_takes_the_published_detector(published: Store) -> None:
+    with published.write() as connection:
+        with pytest.raises(Conflict, match="no detector has been trained yet"):
+            rounds.open_select_round(connection, 7, ProjectSettings(), "test")
+        label(connection, 1, 2, 3, 4)
+        rounds.open_round(connection, 7, "test")
+        end_round(connection, "done", weights="w.pt", weights_sha256="ab", report='{"names": {}}', map50=0.5, labels=4)
+        label(connection, 5)
+        round_id = rounds.open_select_round(connection, 7, ProjectSettings(strategy="coverage", batch_size=3), "why")
+        row = open_round_of(connection, 7)
+        assert row is not None
+        assert (row.id, row.number, row.kind, row.state, row.why) == (round_id, 2, "select", "scoring", "why")
+        assert (row.weights, row.weights_sha256, row.report, row.map50) == ("w.pt", "ab", '{"names": {}}', None)
+        assert rounds.settings_of(row) == ProjectSettings(strategy="coverage", batch_size=3)
+        assert rounds.settings_of(get_project(connection, 7)) == ProjectSettings(batch_size=4), "the project's stay"
+        with pytest.raises(Conflict, match="round 2 of project 7 is scoring"):
+            rounds.open_select_round(connection, 7, ProjectSettings(), "test")
+        end_round(connection, "done", batch_size=3)
+        assert rounds.rounds_done(connection, 7) == 1, "max_rounds counts trainings"
+        assert rounds.towards_next(connection, get_project(connection, 7), row, ProjectSettings()) == (1, 3)
+
+
+def test_the_log_says_what_a_setting_was_and_is_and_who_changed_it(store: Store) -> None:
+    with store.write() as connection:
+        rounds.connect_project(connection, 7, CONFIG, ProjectSettings(batch_size=4, epochs=10), URL)
+        changed = ProjectSettings(batch_size=50, strategy_options={"alpha": 0.5})
+        rounds.connect_project(connection, 7, CONFIG, changed, URL, "ada")
+        rounds.connect_project(connection, 7, "<View></View>", changed, "http://new:1")
+    assert details(store, "settings") == [
+        'strategy_options: default -> {"alpha": 0.5}; batch_size: 4 -> 50; epochs: 10 -> default, by ada',
+        "the label config; this backend's address: http://backend:9090 -> http://new:1, by Label Studio",
+    ]

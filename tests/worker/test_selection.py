@@ -163,3 +163,20 @@ def test_random_choices_differ_by_project_round_purpose_and_seed_and_by_nothing_
     assert draw(0, 7, 1, "select") == draw(0, 7, 1, "select")
     others = [draw(1, 7, 1, "select"), draw(0, 8, 1, "select"), draw(0, 7, 2, "select"), draw(0, 7, 1, "seed")]
     assert len({draw(0, 7, 1, "select"), *others}) == 5
+
+
+def test_a_batch_names_the_look_alikes_it_stands_for() -> None:
+    bursts = np.repeat(apart(4), [3, 1, 2, 1], axis=0)  # tasks 0 1 2 are alike, 3 alone, 4 5 alike, 6 alone
+    uncertainty = [0.5, 0.9, 0.4, 0.3, 0.6, 0.7, 0.1]
+    settings = ProjectSettings(batch_size=2, strategy_options={"alpha": 1.0, "beta": 0.0})
+    batch = next_batch(scored(list(range(7)), bursts, uncertainty), scored([], apart(0)), [], settings, 7, 1)
+    assert batch.task_ids == [1, 5]
+    assert batch.alike == {1: [0, 2], 5: [4]}
+
+
+def test_of_two_look_alikes_in_a_batch_the_first_stands_for_the_others() -> None:
+    bursts = np.repeat(apart(2), [3, 1], axis=0)
+    settings = ProjectSettings(batch_size=2, strategy="least_confidence")
+    batch = next_batch(scored([10, 11, 12, 13], bursts, [0.5, 0.9, 0.8, 0.1]), scored([], apart(0)), [], settings, 7, 1)
+    assert batch.task_ids == [11, 12]
+    assert batch.alike == {11: [10]}

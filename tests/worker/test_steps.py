@@ -11,7 +11,7 @@ from sqlalchemy import insert, select, update
 
 from worker import queue, steps
 from worker.errors import JobFenced, QueueUnavailable
-from worker.store import Store, projects, rounds
+from worker.store import Store, projects, rounds, scores
 from worker.store import steps as step_rows
 
 
@@ -318,3 +318,54 @@ def test_the_sender_sends_what_falls_due_and_ends_when_told(store: Store, conn: 
     stop.set()
     thread.join(10)
     assert not thread.is_alive()
+
+
+def set_paused(store: Store, at: float | None) -> None:
+    with store.write() as connection:
+        connection.execute(update(projects).values(paused_at=at))
+
+
+def test_no_step_of_a_paused_project_is_sent(store: Store, conn: redis.Redis, round_id: int) -> None:
+    (step_id,) = add(store, round_id)
+    set_paused(store, 1.0)
+    assert steps.send_waiting(store, conn) == 0
+    assert row_of(store, step_id).state == "waiting"
+    set_paused(store, None)
+    assert steps.send_waiting(store, conn) == 1
+
+
+def test_a_job_that_a_worker_takes_after_the_pause_does_nothing_and_is_sent_again_after_it(
+    store: Store, conn: redis.Redis, round_id: int
+) -> None:
+    (step_id,) = add(store, round_id)
+    steps.send_waiting(store, conn)
+    set_paused(store, 1.0)
+    assert steps.claim(store, step_id, 1) is None
+    assert (row_of(store, step_id).state, row_of(store, step_id).failures) == ("waiting", 0)
+    set_paused(store, None)
+    assert steps.send_waiting(store, conn) == 1
+    assert steps.claim(store, step_id, 1) is None, "the delivery of before"
+    assert steps.claim(store, step_id, 2) is not None
+
+
+def test_a_step_that_runs_is_finished_in_the_pause_and_the_next_one_waits(
+    store: Store, conn: redis.Redis, round_id: int
+) -> None:
+    (step_id,) = add(store, round_id)
+    lease = claimed(store, conn, step_id)
+    set_paused(store, 1.0)
+    lease.hold()
+    steps.finish(lease, lambda connection: steps.add(connection, round_id, "publish") and None)
+    assert row_of(store, step_id).state == "done"
+    assert steps.send_waiting(store, conn) == 0
+    assert row_of(store, step_id + 1).state == "waiting"
+
+
+def test_the_shards_a_round_has_to_have(store: Store, round_id: int) -> None:
+    with store.write() as connection:
+        assert steps.expected_shards(connection, round_id, "score", 3) == {0}, "nothing was planned"
+        rows = [{"round_id": round_id, "task_id": one, "shard": shard} for one, shard in enumerate((0, 0, 1, 4, -1))]
+        connection.execute(insert(scores), rows)
+        assert steps.expected_shards(connection, round_id, "score", 3) == {0, 1, 4}
+        assert steps.expected_shards(connection, round_id, "member", 3) == {1, 2}
+        assert steps.expected_shards(connection, round_id, "publish", 3) == {0}

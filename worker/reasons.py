@@ -1,0 +1,68 @@
+"""Why an image is in a batch, in words."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+HIGH, LOW = 0.7, 0.3  # of a part of the utility
+CLEARLY = 0.1  # more uncertain than the drawn boxes explain: it comes from one below the confidence they are drawn from
+_BY_LABELLED = ("k_center", "coverage", "hybrid_coverage")  # diversity is measured against what was taken before
+
+
+def reason(
+    strategy: str,
+    uncertainty: float | None,
+    diversity: float | None,
+    boxes: Sequence[tuple[str, float]],
+    *,
+    measure: str = "least_confidence",
+    any_labelled: bool = True,
+) -> str:
+    """What the utility is made of, and what was seen.
+
+    Args:
+        uncertainty: the part of the utility, 0..1; None: the strategy does not look at it, or it is not known.
+        diversity: likewise.
+        boxes: label and confidence of the boxes that are drawn.
+        measure: which uncertainty the strategy looks at.
+        any_labelled: whether there is a labelled image to be unlike.
+    """
+    if strategy == "random":
+        return "drawn at random"
+    told = [
+        _uncertainty_words(strategy, uncertainty, boxes, measure),
+        _diversity_words(strategy, diversity, any_labelled),
+    ]
+    return "; ".join(filter(None, told)) or "the next by rank"
+
+
+def certainty(confidence: float, measure: str) -> float:
+    """Orders boxes, the least sure first: by least_confidence the faintest, else the one nearest to a half."""
+    return abs(confidence - 0.5) if measure in ("margin", "entropy") else confidence
+
+
+def _uncertainty_words(
+    strategy: str, uncertainty: float | None, boxes: Sequence[tuple[str, float]], measure: str
+) -> str:
+    if uncertainty is None:
+        return ""
+    if strategy == "committee" and uncertainty >= HIGH:
+        return "the committee's members disagree"
+    if boxes and uncertainty > LOW:
+        label, confidence = min(boxes, key=lambda box: certainty(box[1], measure))
+        if measure == "least_confidence" and uncertainty > 1 - confidence + CLEARLY:
+            return "something fainter than the boxes that are drawn may be there"
+        return f"least sure of {label} {confidence:.2f}".replace(" 0.", " .")
+    if uncertainty > LOW:
+        return "no box is sure enough to be drawn, but something may be there"
+    return "the detector is rather sure of it"
+
+
+def _diversity_words(strategy: str, diversity: float | None, any_labelled: bool) -> str:
+    if diversity is None:
+        return ""
+    if diversity >= HIGH:
+        if strategy not in _BY_LABELLED:
+            return "unlike the images around it"
+        return "unlike anything labelled or chosen before" if any_labelled else "unlike anything chosen before"
+    return "" if diversity >= LOW else "a typical image"
