@@ -24,6 +24,7 @@ import yaml
 
 from worker.detector import first_line, load_model, load_ultralytics, pick_device, set_threads, sha256_of
 from worker.errors import DatasetUnusable, HardfirstError, TrainingFailed, WeightsUnavailable
+from worker.settings import ProjectSettings
 
 if TYPE_CHECKING:
     _FilePath = Path
@@ -60,6 +61,29 @@ class TrainRequest:
     seed: int = 0
     device: str = ""
     threads: int | None = None  # torch's, on CPU. None: ultralytics' choice
+
+    @classmethod
+    def of_round(
+        cls, settings: ProjectSettings, round_number: int, dataset_yaml: Path, run_dir: Path, weights: str, device: str
+    ) -> TrainRequest:
+        """The training of one round as a project's settings want it, from these base weights."""
+        return cls(
+            dataset_yaml=dataset_yaml,
+            run_dir=run_dir,
+            weights=weights,
+            epochs=settings.epochs,
+            imgsz=settings.imgsz,
+            train_batch=settings.train_batch,
+            nominal_batch=settings.nominal_batch,
+            optimizer=settings.optimizer,
+            lr0=settings.lr0,
+            mosaic=settings.mosaic,
+            mixup=settings.mixup_in(round_number),
+            close_mosaic=settings.close_mosaic,
+            freeze=settings.freeze,
+            seed=settings.seed,
+            device=device,
+        )
 
 
 @dataclass(frozen=True)

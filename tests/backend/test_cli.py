@@ -13,6 +13,8 @@ from pathlib import Path
 import httpx
 import pytest
 
+from demo.factory import render
+
 ROOT = Path(__file__).resolve().parent.parent.parent
 
 
@@ -84,3 +86,70 @@ def test_what_cannot_be_is_one_sentence_and_code_1(
     assert process.returncode == 1, output
     assert sentence in output
     assert "Traceback" not in output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["EMPTY"], "There are no images in"),
+        (["nowhere"], "There is no nowhere: name a folder"),
+        (["EMPTY", "--k", "0"], "Invalid value for '--k'"),
+        (["EMPTY", "--strategy", "hybird"], "Did you mean 'hybrid'"),
+        (["EMPTY", "--strategy", "coverage", "--option", "alpha=1"], "nothing is called 'alpha'"),
+    ],
+)
+def test_score_refuses_in_a_sentence_with_code_2(tmp_path: Path, arguments: list[str], sentence: str) -> None:
+    (tmp_path / "empty").mkdir()
+    given = [str(tmp_path / "empty") if one == "EMPTY" else one for one in arguments]
+    output, code = _score(tmp_path, *given)
+    assert code == 2, output
+    assert sentence in " ".join(output.replace("│", " ").split())
+    assert "Traceback" not in output
+    assert not (tmp_path / "out" / "manifest.json").exists()
+
+
+def test_score_without_weights_says_what_it_did_and_what_to_do_next(tmp_path: Path) -> None:
+    (tmp_path / "pool").mkdir()
+    for index in range(6):
+        render(1, index, (96, 96))[0].save(tmp_path / "pool" / f"{index}.jpg")
+    (tmp_path / "pool" / "broken.jpg").write_bytes(b"no image")
+    output, code = _score(tmp_path, str(tmp_path / "pool"), "--k", "2", "--with-random")
+    assert code == 0, output
+    assert "6 images ranked by coverage: 7 scored in" in output
+    assert "cannot be known" in output
+    assert "broken.jpg: it is not an image" in output
+    assert "Next: label the 2 of top.txt and the 2 of random.txt" in output
+    for line in output.splitlines():
+        if line.startswith("  /"):
+            assert Path(line.split()[0]).is_file()
+    again, _ = _score(tmp_path, str(tmp_path / "pool"), "--k", "3")
+    assert "0 scored in 0.0 s, 7 known from before" in again
+
+
+def test_score_stopped_by_a_signal_keeps_what_it_has(tmp_path: Path) -> None:
+    (tmp_path / "pool").mkdir()
+    first = tmp_path / "pool" / "0000.jpg"
+    render(1, 0, (96, 96))[0].save(first)
+    for index in range(1, 3000):
+        (tmp_path / "pool" / f"{index:04d}.jpg").symlink_to(first)
+    process = _hardfirst("score", str(tmp_path / "pool"), "--out", str(tmp_path / "out"), YOLO_OFFLINE="true")
+    try:
+        while not list((tmp_path / "out").glob(".state/*/part-*.npz")):
+            assert process.poll() is None, process.stdout and process.stdout.read()
+            time.sleep(0.1)
+        process.send_signal(signal.SIGTERM)
+        output, _ = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    assert process.returncode == 130, output
+    assert "the same command goes on from there" in output
+    assert not (tmp_path / "out" / "manifest.json").exists()
+
+
+def _score(folder: Path, *arguments: str) -> tuple[str, int]:
+    process = _hardfirst("score", *arguments, "--out", str(folder / "out"), YOLO_OFFLINE="true", COLUMNS="200")
+    try:
+        output, _ = process.communicate(timeout=200)
+    finally:
+        process.kill()
+    return output, process.returncode
