@@ -5,7 +5,7 @@ MAKEFLAGS += --no-print-directory
 RUN := scripts/py
 WITH_LABEL_STUDIO := python="$$(scripts/setup.sh label-studio)" && HARDFIRST_LABEL_STUDIO_PYTHON="$$python"
 
-.PHONY: help demo up test check lint bench lock python
+.PHONY: help demo up test check lint bench screenshots lock python
 
 help:
 	@echo "make demo    the whole loop on generated images, with a Label Studio and scripted annotators"
@@ -13,6 +13,7 @@ help:
 	@echo "make test    everything that is tested: lint, types, real servers, browser, the demo"
 	@echo "make check   lint, types and the fast tests, in under two minutes"
 	@echo "make bench   the benchmarks"
+	@echo "make screenshots   the README's pictures, of a generated project"
 	@echo "make lock    compile requirements.lock anew"
 	@echo "make python  print the interpreter that has our packages"
 
@@ -35,6 +36,10 @@ lint:
 
 bench:
 	@$(RUN) -m benchmarks
+
+screenshots:
+	@scripts/chromium.sh
+	@$(RUN) -m scripts.screenshots
 
 lock:
 	@scripts/lock.sh

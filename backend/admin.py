@@ -13,10 +13,11 @@ import os
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path as FilePath
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 from weakref import WeakKeyDictionary
 
 import httpx
@@ -26,13 +27,14 @@ from fastapi.responses import HTMLResponse, Response
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, StrictBool
+from redis import Redis
 from sqlalchemy import select
 
-from backend import views
+from backend import batch_view, curve_view, operations_view, settings_view, suspects_view, views
 from backend.ml_api import Own, send_waiting
 from backend.payloads import MAX_ID
 from backend.views import BatchView, ProjectCard, ProjectStatus, ProjectView, RoundView
-from worker import queue, rounds
+from worker import crew, queue, rounds
 from worker.artifacts import round_key, sha256
 from worker.errors import (
     HardfirstError,
@@ -45,8 +47,18 @@ from worker.services import Services
 from worker.store import get_project, get_round, open_round_of, steps, tasks
 from worker.store import rounds as round_rows
 
+T = TypeVar("T")
+
 HERE = FilePath(__file__).parent
-STATIC = {"admin.css": "text/css", "admin.js": "text/javascript", "favicon.svg": "image/svg+xml"}
+STATIC = {
+    "admin.css": "text/css",
+    "operations.css": "text/css",
+    "curve.css": "text/css",
+    "admin.js": "text/javascript",
+    "operations.js": "text/javascript",
+    "curve.js": "text/javascript",
+    "favicon.svg": "image/svg+xml",
+}
 PLOTLY = "plotly.js"
 YEAR = "public, max-age=31536000, immutable"  # the address holds the content's digest
 
@@ -138,22 +150,35 @@ class Neighbours:
             return {}
         self._queue_problem = ""
         if found.get("phase") != "training":  # that one says itself how long it takes
-            found["eta_seconds"] = self._eta(project_id, found)
+            found["eta_seconds"], found["rate"] = self._pace(project_id, found)
         return found
 
-    def _eta(self, project_id: int, progress: dict[str, Any]) -> float | None:
-        """Seconds left of a phase, from how fast it went since the page first saw it."""
+    def ask_queue(self, own: Services, question: Callable[[Redis], T]) -> T | None:
+        """What Redis answers; None while it is away."""
+        if time.monotonic() < self._queue_away_until:
+            return None
+        try:
+            return question(own.redis)
+        except QueueUnavailable as error:
+            self._queue_is_away(error)
+            return None
+
+    def _pace(self, project_id: int, progress: dict[str, Any]) -> tuple[float | None, float | None]:
+        """Seconds left of a phase, and how many it does in one, from how fast it went since the page first saw it."""
         phase, done, total = (progress.get("round"), progress.get("phase")), progress.get("done"), progress.get("total")
         if not isinstance(done, int) or not isinstance(total, int):
             self._seen.pop(project_id, None)
-            return None
+            return None, None
         since, first = time.monotonic(), done
         if (seen := self._seen.get(project_id)) is not None and seen[0] == phase and seen[2] <= done:
             _, since, first = seen
         else:
             self._seen[project_id] = (phase, since, first)
         elapsed = time.monotonic() - since
-        return (total - done) * elapsed / (done - first) if done > first and elapsed > PACE_SECONDS else None
+        if done <= first or elapsed <= PACE_SECONDS:
+            return None, None
+        rate = (done - first) / elapsed
+        return (total - done) / rate, rate
 
     def away(self, own: Services) -> list[str]:
         """Sentences about who is away, and what to do: as of the last look, LOOK_SECONDS ago at most."""
@@ -259,7 +284,8 @@ def list_rounds(project_id: ProjectId, own: Own) -> list[RoundView]:
 def show_batch(project_id: ProjectId, own: Own, offset: Offset = 0, limit: Limit = views.PAGE) -> BatchView:
     """The current batch in rank order."""
     with own.store.read() as connection:
-        return views.batch_view(connection, project_id, own.settings.label_studio_url, offset, limit)
+        batch = views.batch_view(connection, project_id, own.settings.label_studio_url, offset, limit)
+        return batch_view.explained(connection, own, project_id, batch)
 
 
 @router.get("/api/projects/{project_id}/selection", responses=ERRORS)
@@ -355,7 +381,7 @@ async def show_thumbnail(
     cached = thumbnail_path(own, project_id, task_id, image)
     if not cached.is_file():
         loop = asyncio.get_running_loop()
-        work = loop.run_in_executor(around.fetching, _make_thumbnail, own, task_id, image, cached)
+        work = loop.run_in_executor(around.fetching, make_thumbnail, own, task_id, image, cached)
         try:
             await asyncio.wait_for(work, THUMBNAIL_SECONDS)
         except ImageUnusable:
@@ -385,7 +411,7 @@ def thumbnail_path(own: Services, project_id: int, task_id: int, image: str) -> 
     return folder / f"{project_id}-{task_id}-{views.image_digest(image)}.jpg"
 
 
-def _make_thumbnail(own: Services, task_id: int, image: str, path: FilePath) -> None:
+def make_thumbnail(own: Services, task_id: int, image: str, path: FilePath) -> None:
     content = thumbnail(own.images.fetch({"image": image}, "image", task_id), own.images.max_pixels)
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".part", delete=False) as part:
@@ -441,7 +467,7 @@ def _placeholder(words: str, status: int) -> Response:
 @router.get("/", include_in_schema=False)
 def overview_page(request: Request, own: Own, around: Around) -> HTMLResponse:
     found = list_projects(own, around)
-    return _page(request, own, "overview.html", cards=found, away=around.away(own))
+    return render(request, own, "overview.html", cards=found, away=around.away(own))
 
 
 @router.get("/projects/{project_id}", include_in_schema=False)
@@ -452,18 +478,20 @@ def project_page(
         project = show_project(project_id, own, around)
         batch = show_batch(project_id, own, 0, shown)
     except NotFound as error:
-        return _page(request, own, "missing.html", status=404, detail=str(error), away=around.away(own))
-    charts = {
-        "curve": [point.model_dump() for point in project.curve],
-        "classes": [one.model_dump() for one in project.classes],
-    }
-    return _page(
-        request, own, "project.html", project=project, batch=batch, charts=charts, page=views.PAGE,
-        away=around.away(own),
+        return render(request, own, "missing.html", status=404, detail=str(error), away=around.away(own))
+    with own.store.read() as connection:
+        measuring = curve_view.measuring_view(connection, project_id)
+        work = operations_view.work_view(connection, project_id, around.ask_queue(own, crew.crew))
+        settings = settings_view.settings_view(connection, project_id)
+    suspects = suspects_view.suspects_of(own, around.ask_queue, project_id)
+    return render(
+        request, own, "project.html", project=project, batch=batch, measuring=measuring, page=views.PAGE,
+        work=work, settings=settings, suspects=suspects, away=around.away(own),
     )  # fmt: skip
 
 
-def _page(request: Request, own: Services, template: str, *, status: int = 200, **values: Any) -> HTMLResponse:
+def render(request: Request, own: Services, template: str, *, status: int = 200, **values: Any) -> HTMLResponse:
+    """A template as a page, or a part of one."""
     root = str(request.scope.get("root_path", "")).rstrip("/")
     html = _templates().get_template(template).render(
         root=root,
@@ -485,21 +513,29 @@ def _templates() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    made.filters |= {"duration": views.duration_words, "moment": _moment, "signed": _signed, "number": _grouped}
+    made.filters |= {"duration": views.duration_words, "moment": moment_words}
+    made.filters |= {"signed": signed_words, "number": number_words}
+    made.filters["money"] = _money
     return made
 
 
-def _moment(at: float) -> str:
+def moment_words(at: float) -> str:
     """ISO 8601; the page's script turns it into the reader's own time."""
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(at))
 
 
-def _signed(value: float, places: int = 3) -> str:
+def signed_words(value: float, places: int = 3) -> str:
     text = f"{value:+.{places}f}"
     return text.replace("-", "−") if float(text) else f"±{0:.{places}f}"
 
 
-def _grouped(value: int) -> str:
+def _money(value: float) -> str:
+    """Whole amounts, but cents where there is nothing else; the currency is the settings' own business."""
+    text = number_words(round(abs(value))) if abs(value) >= 1 else f"{abs(value):.2f}"
+    return f"−{text}" if value < 0 and float(f"{value:.2f}") else text
+
+
+def number_words(value: int) -> str:
     """80 000: a thin space, which no language reads as a decimal point."""
     return f"{value:,}".replace(",", "\u2009")
 

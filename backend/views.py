@@ -88,6 +88,8 @@ EVENT_WORDS = {
     "TASKS_CREATED": "tasks imported",
     "TASKS_DELETED": "tasks deleted",
     "settings": "settings changed",
+    "more holdout": "more holdout images asked for",
+    "holdout measured again": "all rounds measured again",
 }
 
 
@@ -103,7 +105,7 @@ class Stage(View):
 class Now(View):
     """What a project does at this moment. `fraction` of the phase, 0..1; None where it cannot be known."""
 
-    kind: Literal["idle", "working", "failed", "stopped"]
+    kind: Literal["idle", "working", "failed", "stopped", "paused"]
     words: str
     detail: str = ""
     round_number: int | None = None
@@ -113,6 +115,7 @@ class Now(View):
     total: int | None = None
     eta_seconds: float | None = None
     eta: str = ""
+    rate: float | None = None  # images a second, while scoring
     losses: dict[str, float] = {}
     stages: list[Stage] = []
 
@@ -166,6 +169,7 @@ class RoundView(View):
     """A row of the rounds table. `minutes`: annotators' time over all labels so far; `seconds`: its duration."""
 
     number: int
+    kind: str
     state: str
     why: str
     opened_at: float
@@ -183,6 +187,7 @@ class RoundView(View):
     error: str | None
     model_version: str | None
     batch_size: int | None
+    has_weights: bool
 
 
 class Box(View):
@@ -197,8 +202,28 @@ class Box(View):
     colour: int
 
 
+class AlikeTask(View):
+    task_id: int
+    label_studio: str
+
+
+class ClassBalance(View):
+    """Boxes of one class: labelled in the last dataset, and predicted in the batch; shares 0..1 of all boxes."""
+
+    name: str
+    labelled: int
+    predicted: int
+    labelled_share: float
+    predicted_share: float
+    rare: bool
+
+
 class BatchTask(View):
-    """A task of the current batch. The holdout has no boxes and no utility: it was drawn at random."""
+    """A task of the current batch. The holdout has no boxes and no utility: it was drawn at random.
+
+    `from_uncertainty` and `from_diversity` are what the two parts add to the utility, where it is their sum; `alike` is
+    the number of near-duplicates that it stands for.
+    """
 
     task_id: int
     rank: int
@@ -214,6 +239,11 @@ class BatchTask(View):
     problem: str | None
     thumbnail: str
     label_studio: str
+    from_uncertainty: float | None = None
+    from_diversity: float | None = None
+    reason: str = ""
+    alike: int = 0
+    alike_links: list[AlikeTask] = []
 
 
 class BatchView(View):
@@ -225,6 +255,9 @@ class BatchView(View):
     labelled: int = 0
     offset: int = 0
     tasks: list[BatchTask] = []
+    balance: list[ClassBalance] = []
+    minutes: float | None = None
+    minutes_left: float | None = None
 
 
 class ImageProblem(View):
@@ -243,12 +276,13 @@ class Happening(View):
 
 
 class ProjectCard(View):
-    """A project in the overview."""
+    """A project in the overview. `budget`: the labels of all rounds that open by themselves; None: not known."""
 
     id: int
     title: str
     now: Now
     counts: Counts
+    budget: int | None
     map50: float | None
     verdict: Verdict | None
     problem: str | None
@@ -266,6 +300,10 @@ class ProjectStatus(View):
     notice: str | None
     can_start: bool
     can_cancel: bool
+    can_retry: bool
+    can_pause: bool
+    can_preview: bool
+    paused: bool
     stop_accepted: bool
     stamp: str
 
@@ -319,12 +357,18 @@ def _card(connection: Connection, project: Row[Any], progress: Mapping[str, Any]
         title=title_of(project),
         now=status.now,
         counts=status.counts,
+        budget=_budget(_settings(project)),
         map50=measured[-1].map50 if measured else None,
         verdict=_verdict(measured[-1]) if measured else None,
         problem=status.problem,
         spark=" ".join(f"{x:.1f},{y:.1f}" for x, y in spark),
         spark_end=spark[-1] if spark else None,
     )
+
+
+def _budget(settings: ProjectSettings | None) -> int | None:
+    """Labels, the holdout's not counted, when every round that opens by itself gets what it asks for."""
+    return None if settings is None else settings.max_rounds * (settings.labels_per_round or settings.batch_size)
 
 
 def title_of(project: Row[Any]) -> str:
@@ -337,11 +381,16 @@ def status_of(connection: Connection, project: Row[Any], progress: Mapping[str, 
     counts = count_tasks(connection, project.id)
     is_open = last is not None and last.state in OPEN_STATES
     now = _working(connection, last, progress, counts) if last is not None and is_open else _resting(project, last)
+    now = now if project.paused_at is None else _paused(connection, now, last)
     learned = project.published_round_id is not None and last is not None and _has_learned(connection, project)
     stamp = [
         *((last.id, last.state, last.map50) if last is not None else ()),
         project.published_round_id,
         project.stop_accepted_at,
+        project.paused_at,
+        project.extra_params,
+        project.more_holdout,
+        project.remeasured_at,
         counts.labels,
         counts.holdout_labels,
     ]
@@ -351,8 +400,12 @@ def status_of(connection: Connection, project: Row[Any], progress: Mapping[str, 
         next_round=None if last is None or is_open else _next_round(connection, project, last),
         problem=project.problem if project.problem and project.problem not in now.detail else None,
         notice=None if learned else project.notice,  # it tells how things are before the first training
-        can_start=not is_open,
+        can_start=not is_open and project.paused_at is None,
         can_cancel=is_open,
+        can_retry=project.paused_at is None and last is not None and last.state == "failed",
+        can_preview=learned,
+        can_pause=project.paused_at is None,
+        paused=project.paused_at is not None,
         stop_accepted=project.stop_accepted_at is not None,
         stamp=sha256(json.dumps(stamp).encode())[:16],
     )
@@ -364,21 +417,35 @@ def _has_learned(connection: Connection, project: Row[Any]) -> bool:
 
 
 def count_tasks(connection: Connection, project_id: int) -> Counts:
+    """Asked every two seconds: from the small sets (holdout, labelled, unreadable, deleted), not from all tasks."""
+    this = select(func.count()).select_from(tasks).where(tasks.c.project_id == project_id)
+    live = this.where(tasks.c.deleted.is_(False))
+    unreadable, held = tasks.c.image_problem.is_not(None), tasks.c.holdout.is_(True)
     labelled = labelled_task_ids(project_id).subquery()
-    has_label = labelled.c.task_id.is_not(None)
-    held = tasks.c.holdout.is_(True)
-    query = (
+    of_labelled = (
         select(
-            func.count().label("tasks"),
-            func.count().filter(has_label, ~held).label("labels"),
-            func.count().filter(held).label("holdout"),
-            func.count().filter(has_label, held).label("holdout_labels"),
-            func.count().filter(~has_label, ~held, tasks.c.image_problem.is_(None)).label("pool"),
+            func.count().filter(~held).label("labels"),
+            func.count().filter(held).label("holdout_labels"),
+            func.count().filter(~held, unreadable).label("unreadable"),
         )
-        .select_from(tasks.outerjoin(labelled, labelled.c.task_id == tasks.c.task_id))
+        .select_from(labelled.join(tasks, labelled.c.task_id == tasks.c.task_id))
         .where(tasks.c.project_id == project_id, tasks.c.deleted.is_(False))
     )
-    return Counts.model_validate(dict(connection.execute(query).one()._mapping))
+    found = connection.execute(of_labelled).one()
+    total = _count(connection, this) - _count(connection, this.where(tasks.c.deleted.is_(True)))
+    holdout = _count(connection, live.where(held))
+    unread = _count(connection, live.where(unreadable, ~held)) - found.unreadable
+    return Counts(
+        tasks=total,
+        labels=found.labels,
+        holdout=holdout,
+        holdout_labels=found.holdout_labels,
+        pool=total - holdout - found.labels - unread,
+    )
+
+
+def _count(connection: Connection, query: Any) -> int:
+    return int(connection.execute(query).scalar_one())
 
 
 def _working(connection: Connection, row: Row[Any], progress: Mapping[str, Any], counts: Counts) -> Now:
@@ -389,9 +456,11 @@ def _working(connection: Connection, row: Row[Any], progress: Mapping[str, Any],
     waiting, detail = _waiting(connection, row.id)
     done, total = _amount(connection, row, phase, progress if believed else {}, counts)
     eta = _number(progress.get("eta_seconds")) if believed else None
+    rate = _number(progress.get("rate")) if believed and phase == "scoring" else None
     told_losses = progress.get("losses") if believed and phase == "training" else None
     losses = told_losses if isinstance(told_losses, dict) else {}
     amount = "" if done is None else f"{' epoch' * (phase == 'training')} {done}" + (f"/{total}" if total else "")
+    amount += f", {rate_words(rate)}" if rate else ""
     return Now(
         kind="working",
         words=PHASE_WORDS["waiting"] if waiting and not believed else f"{PHASE_WORDS[phase]}{amount}",
@@ -404,7 +473,8 @@ def _working(connection: Connection, row: Row[Any], progress: Mapping[str, Any],
         eta_seconds=eta,
         eta=duration_words(eta) if eta else "",
         losses={str(name): value for name, raw in losses.items() if (value := _number(raw)) is not None},
-        stages=_stages(row.number, phase),
+        rate=rate,
+        stages=_stages(row, phase),
     )
 
 
@@ -450,11 +520,27 @@ def _waiting(connection: Connection, round_id: int) -> tuple[bool, str]:
     return True, f"In the queue for {waited}, and no worker has taken it: is one running, or busy with another project?"
 
 
-def _stages(number: int, phase: Phase) -> list[Stage]:
-    names = ["Connect", "Score", "Publish"] if number == 0 else ["Train", "Measure", "Score", "Publish"]
+def _stages(row: Row[Any], phase: Phase) -> list[Stage]:
+    names = ["Connect", "Score", "Publish"] if row.number == 0 else ["Train", "Measure", "Score", "Publish"]
+    names = names if row.kind == "train" else names[-2:]
     here = next(position for position, name in enumerate(names) if phase in STAGES[name])
     state_at: dict[int, Literal["done", "now", "to come"]] = {-1: "done", 0: "now", 1: "to come"}
     return [Stage(name=name, state=state_at[(at > here) - (at < here)]) for at, name in enumerate(names)]
+
+
+def _paused(connection: Connection, now: Now, last: Row[Any] | None) -> Now:
+    """A paused project: what runs finishes its step, nothing else begins."""
+    if now.kind == "failed":
+        return now
+    if now.kind != "working" or last is None:
+        detail = "Nothing begins until an admin resumes it."
+        return now.model_copy(update={"kind": "paused", "words": "paused", "detail": detail})
+    running = select(func.count()).where(steps.c.round_id == last.id, steps.c.state == "running")
+    if connection.execute(running).scalar_one():
+        return now.model_copy(update={"detail": "Paused: what runs now is finished, then nothing begins."})
+    detail = f"Round {last.number} goes on when an admin resumes it."
+    waiting = {"kind": "paused", "words": "paused", "detail": detail, "eta": "", "eta_seconds": None}
+    return now.model_copy(update=waiting)
 
 
 def _resting(project: Row[Any], last: Row[Any] | None) -> Now:
@@ -479,7 +565,9 @@ def _next_round(connection: Connection, project: Row[Any], last: Row[Any]) -> Ne
         return None
     new, needed = rules.towards_next(connection, project, last, settings)
     missing = max(needed - new, 0)
-    if project.stop_accepted_at is not None:
+    if project.paused_at is not None:
+        sentence = "No round opens by itself: the project is paused."
+    elif project.stop_accepted_at is not None:
         sentence = "No round opens by itself: the stop was accepted."
     elif rules.rounds_done(connection, project.id) >= settings.max_rounds:
         sentence = f"No round opens by itself: max_rounds is {settings.max_rounds}. Start more by hand."
@@ -559,8 +647,9 @@ def _round_view(row: Row[Any]) -> RoundView:
         **{
             name: getattr(row, name)
             for name in RoundView.model_fields
-            if name not in ("verdict", "verdict_words", "seconds")
+            if name not in ("verdict", "verdict_words", "seconds", "has_weights")
         },
+        has_weights=row.weights is not None and row.number > 0,
         seconds=(row.closed_at or time.time()) - row.opened_at,
         verdict=verdict,
         verdict_words=VERDICT_WORDS.get(verdict, ""),
@@ -642,8 +731,9 @@ def batch_view(
     total, labelled = connection.execute(
         select(func.count(), func.count().filter(is_labelled)).select_from(of_batch[0]).where(*of_batch[1])
     ).one()
+    of_task = (tasks.c.image.label("reference"), tasks.c.holdout, tasks.c.image_problem)
     query = (
-        select(scores, tasks.c.image, tasks.c.holdout, tasks.c.image_problem, is_labelled.label("labelled"))
+        select(scores, *of_task, is_labelled.label("labelled"))
         .select_from(of_batch[0])
         .where(*of_batch[1])
         .order_by(scores.c.rank)
@@ -663,6 +753,21 @@ def batch_view(
     )
 
 
+def tasks_of_round(
+    connection: Connection, project: Row[Any], round_id: int | None, task_ids: Sequence[int], label_studio_url: str
+) -> list[BatchTask]:
+    """These tasks as a round scored them, whether or not they are in its batch: then their rank is 0. At most 500."""
+    is_labelled = tasks.c.task_id.in_(labelled_task_ids(project.id))
+    of_task = (tasks.c.image.label("reference"), tasks.c.holdout, tasks.c.image_problem)
+    query = (
+        select(scores, *of_task, is_labelled.label("labelled"))
+        .join(tasks, (tasks.c.task_id == scores.c.task_id) & (tasks.c.project_id == project.id))
+        .where(scores.c.round_id == round_id, scores.c.task_id.in_(task_ids[:500]), tasks.c.deleted.is_(False))
+    )
+    colours = class_colours(project.label_config)
+    return [_batch_task(row, project.id, label_studio_url, colours) for row in connection.execute(query)]
+
+
 def class_colours(label_config: str) -> dict[str, int]:
     """Label -> colour number: by its position in the label config, so that a class keeps its colour."""
     try:
@@ -680,7 +785,7 @@ def _batch_task(row: Row[Any], project_id: int, label_studio_url: str, colours: 
     boxes = [box for region in regions[:MAX_BOXES] if (box := _box(region, colours)) is not None]
     return BatchTask(
         task_id=row.task_id,
-        rank=row.rank,
+        rank=row.rank or 0,
         holdout=holdout,
         labelled=bool(row.labelled),
         utility=None if holdout else row.utility,
@@ -691,7 +796,7 @@ def _batch_task(row: Row[Any], project_id: int, label_studio_url: str, colours: 
         image_width=width,
         image_height=height,
         problem=row.image_problem or row.problem,
-        thumbnail=f"/api/projects/{project_id}/tasks/{row.task_id}/thumbnail.jpg?v={image_digest(row.image)}",
+        thumbnail=f"/api/projects/{project_id}/tasks/{row.task_id}/thumbnail.jpg?v={image_digest(row.reference)}",
         label_studio=task_url(label_studio_url, project_id, row.task_id),
     )
 
@@ -776,6 +881,11 @@ def duration_words(seconds: float) -> str:
         return f"{hours} h {minutes} min" if minutes else f"{hours} h"
     days, hours = divmod(hours, 24)
     return f"{days} d {hours} h" if hours else f"{days} d"
+
+
+def rate_words(per_second: float) -> str:
+    """12 images/s, 0.4 images/s: as exact as a person needs it."""
+    return f"{per_second:.0f} images/s" if per_second >= 10 else f"{per_second:.1f} images/s"
 
 
 def _number(value: Any) -> float | None:

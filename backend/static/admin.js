@@ -63,14 +63,14 @@ async function refresh() {
   const batchBefore = byId("batch-about")?.textContent;
   for (const section of fresh.querySelectorAll("[data-live][id]")) {
     const old = byId(section.id);
-    if (old && !old.isEqualNode(section)) {
+    if (old && !old.dataset.touched && !old.isEqualNode(section)) {
       keepOpen(old, section);
       old.replaceWith(document.adoptNode(section));
     }
   }
   replaceTasks(fresh);
   if (byId("batch-about")?.textContent !== batchBefore) showSelection();
-  drawCharts();
+  window.drawCharts?.(); // curve.js: the overview has no charts
 }
 
 function keepOpen(old, section) {
@@ -117,6 +117,7 @@ function showStatus(status) {
     setText("next-amount", `${grouped(next.new)} / ${grouped(next.needed)} new labels`);
     byId("next-bar").value = Math.min(next.new / next.needed, 1);
   }
+  for (const button of document.querySelectorAll("[data-shows]")) button.hidden = !status[button.dataset.shows];
   document.querySelector("[data-act=start]").hidden = !status.can_start;
   document.querySelector("[data-act=cancel]").hidden = !status.can_cancel;
   for (const element of document.querySelectorAll("[data-count]")) {
@@ -195,124 +196,32 @@ document.addEventListener("click", async (event) => {
     getSelection().selectAllChildren(byId(button.dataset.copy));
   }
   if (!button?.dataset.act) return;
+  const home = button.closest("[data-live][id]")?.id;
   button.disabled = true;
-  setText("said", "");
+  // told beside the button, where its card has a place for it
+  const said = button.closest(".card")?.querySelector("[data-said]") || byId("said");
+  said.textContent = "";
   try {
-    await ACTS[button.dataset.act]();
+    await ACTS[button.dataset.act](button);
     showStatus(await fetchJson(`/api/projects/${heading.dataset.project}/status`));
     await refresh();
   } catch (error) {
-    setText("said", error.message);
+    said.textContent = error.message;
   }
   button.disabled = false;
+  keepFocus(button, home);
 });
 
-// --- charts ----------------------------------------------------------------------------------------------------------
-
-let drawn = "";
-
-// Plotly reads a little HTML in every text; names are to be seen as they are.
-const plain = (text) => text.replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;");
-const short = (text) => (text.length > 18 ? `${text.slice(0, 17)}…` : text);
-const signed = (value) => `${value < 0 ? "−" : "+"}${Math.abs(value).toFixed(2)}`;
-
-function drawCharts(force = false) {
-  const source = byId("chart-data");
-  if (!source || !window.Plotly || (!force && source.textContent === drawn)) return;
-  drawn = source.textContent;
-  const { curve, classes } = JSON.parse(drawn);
-  const style = getComputedStyle(document.documentElement);
-  const colour = (name) => style.getPropertyValue(`--${name}`).trim();
-  const axis = { gridcolor: colour("line"), zeroline: false, linecolor: colour("line"), fixedrange: true, color: colour("muted") };
-  const layout = {
-    font: { family: style.fontFamily, size: 13, color: colour("muted") },
-    paper_bgcolor: "transparent",
-    plot_bgcolor: "transparent",
-    showlegend: false,
-    dragmode: false,
-    hoverlabel: { bgcolor: colour("card"), bordercolor: colour("line"), font: { color: colour("ink") } },
-  };
-  const config = { displayModeBar: false, responsive: true };
-  drawClasses(classes, layout, axis, colour, config);
-  drawCurve(curve, layout, axis, colour, config); // after it: the cards are as high as the higher one
-}
-
-function drawCurve(curve, layout, axis, colour, config) {
-  const top = Math.min(1, Math.max(0.1, ...curve.map((point) => point.map50)) * 1.22);
-  const furthest = Math.max(10, ...curve.map((point) => point.labels)) * 1.08;
-  const trace = {
-    x: curve.map((point) => point.labels),
-    y: curve.map((point) => point.map50),
-    text: curve.map((point) => (curve.length > 9 ? `${point.round_number}` : `round ${point.round_number}`)),
-    mode: "lines+markers+text",
-    textposition: curve.map((point, index) => besideTheLine(curve, index)),
-    textfont: { size: 12, color: colour("muted") },
-    cliponaxis: false,
-    line: { color: colour("accent"), width: 2.5 },
-    marker: { size: 9, color: colour("card"), line: { color: colour("accent"), width: 2.5 } },
-    customdata: curve.map((point) => point.round_number),
-    hovertemplate: "round %{customdata}<br>%{x} labels<br>mAP50 %{y:.3f}<extra></extra>",
-  };
-  window.Plotly.react(byId("curve"), [trace], {
-    ...layout,
-    margin: { l: 48, r: 20, t: 12, b: 44 },
-    xaxis: { ...axis, title: { text: "labels", font: { size: 13 } }, range: [0, furthest] },
-    yaxis: { ...axis, title: { text: "mAP50", font: { size: 13 } }, range: [0, top], tickformat: ".2~f", nticks: 6 },
-    annotations: curve.length ? [] : [emptyNote("No round has been measured yet", colour)],
-  }, config);
-}
-
-// Under a curve that goes on rising, over one that goes on falling; the last point's text where the curve did not come from.
-function besideTheLine(curve, index) {
-  const here = curve[index].map50;
-  if (index === curve.length - 1) return index && curve[index - 1].map50 > here ? "bottom center" : "top center";
-  return curve[index + 1].map50 < here ? "top right" : "bottom right";
-}
-
-function drawClasses(classes, layout, axis, colour, config) {
-  const measured = classes.filter((one) => one.ap50 !== null);
-  const change = (one) => (one.change === null ? "" : ` <span style="color:${colour(one.change < -0.005 ? "bad" : one.change > 0.005 ? "good" : "muted")}">${signed(one.change)}</span>`);
-  byId("classes").style.height = `${Math.max(300, 34 * measured.length + 60)}px`;
-  const trace = {
-    type: "bar",
-    orientation: "h",
-    x: measured.map((one) => one.ap50),
-    y: measured.map((_, index) => index),
-    text: measured.map((one) => `<b>${one.ap50.toFixed(2)}</b>${change(one)}`),
-    textposition: "outside",
-    cliponaxis: false,
-    textfont: { color: colour("ink") },
-    marker: { color: colour("accent"), cornerradius: 4 },
-    width: 0.54,
-    customdata: measured.map((one) => [plain(one.name), one.boxes]),
-    hovertemplate: "%{customdata[0]}<br>AP50 %{x:.3f}<br>%{customdata[1]} boxes in the holdout<extra></extra>",
-  };
-  window.Plotly.react(byId("classes"), [trace], {
-    ...layout,
-    margin: { l: 8, r: 84, t: 6, b: 30 },
-    xaxis: { ...axis, range: [0, 1], tickformat: ".1f", nticks: 6 },
-    yaxis: {
-      ...axis,
-      autorange: "reversed",
-      automargin: true,
-      showgrid: false,
-      ticks: "",
-      tickvals: measured.map((_, index) => index),
-      ticktext: measured.map((one) => `${plain(short(one.name))}  `),
-      tickfont: { color: colour("ink") },
-    },
-    annotations: measured.length ? [] : [emptyNote("No class has been measured yet", colour)],
-  }, config);
-}
-
-function emptyNote(text, colour) {
-  return { text, xref: "paper", yref: "paper", x: 0.5, y: 0.5, showarrow: false, font: { color: colour("muted"), size: 14 } };
+// The keyboard's place: a button that was pressed was disabled meanwhile, and may have been replaced or be gone.
+function keepFocus(button, home) {
+  if (document.activeElement && document.activeElement !== document.body) return;
+  const section = home && byId(home);
+  const again = button.isConnected ? button : section?.querySelector(`[data-act="${button.dataset.act}"]`);
+  (again && !again.hidden ? again : section?.querySelector("button:not([hidden])"))?.focus({ preventScroll: true });
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
 
 localTimes(document);
-drawCharts();
-matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => drawCharts(true));
 if (heading) showSelection();
 setTimeout(poll, POLL_MS);

@@ -224,8 +224,7 @@ def test_hostile_names_are_seen_as_they_are(page: Any, site: Site) -> None:
         page.wait_for_timeout(2500)  # one poll: what is fetched again is put in place by script
         assert page.evaluate("window.hacked") is None
         assert page.locator("h1, h2").filter(has_text=HOSTILE).count() == 1
-    names = page.locator("#classes .yaxislayer-above text, #classes .ytick text").all_text_contents()
-    assert [name.strip() for name in names] == ["<b>gear</b>", "nut", "bolt"]
+    assert page.locator("#classes .class-tile h3").all_text_contents() == ["bolt", "nut", "<b>gear</b>"]
     assert page.locator('[data-task="1"] .boxes text').all_text_contents() == list(LABELS)
     assert page.locator("#selection-notes li").all_text_contents() == ["Strategy: hybrid (alpha 0.7).", HOSTILE]
 

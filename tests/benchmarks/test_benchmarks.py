@@ -51,3 +51,19 @@ def test_predict_answers_live() -> None:
     assert found["bare_ms"] > 0
     assert found["warm_ratio"] == pytest.approx(found["warm_ms"] / found["bare_ms"], abs=0.01)
     assert found["busy_p95_ms"] > 0
+
+
+def test_verdict_replays_curves_of_known_truth() -> None:
+    found = figures("verdict")
+    assert set(found) == {"false_stops", "flat_stopped", "insufficient", "base_false_stops"}
+    assert all(0 < share < 1 for share in found.values())
+    assert found["false_stops"] < found["base_false_stops"]
+
+
+def test_page_asks_every_view() -> None:
+    found = figures("page", "--tasks=1200", "--rounds=3")
+    assert {"/", "/projects/1", "/projects/2", "/api/projects/1/status", "/api/projects/1/batch"} <= set(
+        found["milliseconds"]
+    )
+    assert all(times["median"] > 0 and times["p95"] >= times["median"] for times in found["milliseconds"].values())
+    assert found["met"] is (found["milliseconds"][found["slowest"]]["median"] < 300)

@@ -1,0 +1,250 @@
+"""The operating half of the page in a real browser: forms, previews, buttons; by keyboard, on a laptop and a phone."""
+
+from __future__ import annotations
+
+import io
+import json
+import threading
+import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import redis
+import uvicorn
+from PIL import Image
+from sqlalchemy import insert, select, update
+
+from backend.app import create_app
+from worker.artifacts import Artifacts
+from worker.preview import make_preview
+from worker.services import Services
+from worker.settings import Settings
+from worker.store import Store, events, projects, rounds, scores, steps, task_annotations, tasks
+
+playwright_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed (dev extra)")
+pytestmark = pytest.mark.slow  # a browser takes its time
+
+HOSTILE = """<img src=x onerror="window.hacked=1">'\u202enut"""
+CONFIG = (
+    '<View><Image name="image" value="$image"/><RectangleLabels name="label" toName="image"><Label value="bolt"/>'
+    "<Label value=\"&lt;img src=x onerror=&quot;window.hacked=1&quot;&gt;'\u202enut\"/></RectangleLabels></View>"
+)
+TOO_WIDE = """() => document.documentElement.scrollWidth <= innerWidth ? [] : [...document.querySelectorAll("body *")]
+  .filter((one) => one.getBoundingClientRect().right > innerWidth)
+  .map((one) => one.outerHTML.slice(0, 90))"""
+ARGUMENTS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+
+
+class StandIn(BaseHTTPRequestHandler):
+    """Label Studio: one picture for every task, and it takes every setting."""
+
+    def do_GET(self) -> None:
+        body = json.dumps([{"id": 3, "url": "http://backend:9090", "project": 7, "extra_params": {}}]).encode()
+        if self.path.startswith("/data/upload/"):
+            picture = io.BytesIO()
+            Image.new("RGB", (64, 48), (90, 120, 150)).save(picture, "JPEG")
+            body = picture.getvalue()
+        self.answer(body)
+
+    def do_PATCH(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self.answer(b"{}")
+
+    def answer(self, body: bytes) -> None:
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_args: object) -> None:
+        """Say nothing."""
+
+
+def fill(store: Store, artifacts: Artifacts) -> None:
+    """Project 7, after round 1: tasks 1..4 labelled, 5..8 in the batch, 9..20 in the pool; names are hostile."""
+    value = {"x": 10, "y": 10, "width": 20, "height": 20, "rotation": 0, "rectanglelabels": [HOSTILE]}
+    regions = json.dumps([{"original_width": 64, "original_height": 48, "score": 0.5, "value": value}])
+    with store.write() as connection:
+        project = {"title": HOSTILE, "label_config": CONFIG, "connected_at": 1.0, "backend_url": "http://backend:9090"}
+        connection.execute(insert(projects).values(id=7, **project))
+        every = {"project_id": 7, "deleted": False, "holdout": False, "seen_round_id": 1}
+        images = [{**every, "task_id": i, "image": f"/data/upload/7/{i}.jpg"} for i in range(1, 21)]
+        connection.execute(insert(tasks), images)
+        labels = [{"project_id": 7, "annotation_id": i, "task_id": i, "cancelled": False} for i in range(1, 5)]
+        connection.execute(insert(task_annotations), labels)
+        row = {"project_id": 7, "number": 1, "state": "done", "opened_at": 1.0, "closed_at": 2.0, "weights": "w"}
+        row |= {"weights_sha256": "0" * 64, "report": json.dumps({"boxes_per_class": {"bolt": 9, HOSTILE: 1}})}
+        round_id = connection.execute(insert(rounds).values(**row).returning(rounds.c.id)).scalar_one()
+        measures = {"utility": 0.9, "uncertainty": 0.8, "diversity": 0.9, "margin": 0.5, "entropy": 0.5}
+        every = {"round_id": round_id, "shard": 0, "regions": regions, **measures}
+        found = [
+            {**every, "task_id": i, "row": i - 1, "least_confidence": i / 20, "rank": i - 5 if 5 <= i <= 8 else None}
+            for i in range(1, 21)
+        ]
+        connection.execute(insert(scores), found)
+        connection.execute(update(projects).values(published_round_id=round_id, published_version="al-000001"))
+    embeddings = io.BytesIO()
+    np.save(embeddings, np.eye(20, 32, dtype=np.float32))
+    artifacts.put("p7/r000001/embeddings-00000.npy", embeddings.getvalue())
+    shown = [{"rank": i - 5, "task_id": i, "utility": 0.9, "alike": 1, "alike_task_ids": [9]} for i in range(5, 9)]
+    manifest = {"strategy": "hybrid", "options": {}, "notes": [HOSTILE], "tasks": shown, "classes": {HOSTILE: 4}}
+    artifacts.put("p7/r000001/manifest.json", json.dumps(manifest).encode())
+    suspect = {"task_id": 1, "kind": "class", "labelled": "bolt", "seen": HOSTILE, "suspicion": 0.9}
+    suspect |= {"box_percent": [10, 10, 20, 20], "annotation_id": 1, "width": 64, "height": 48, "holdout": False}
+    counts = {"missing": 0, "class": 1, "extra": 0}
+    content = {"made_at": 1.0, "images": 4, "counts": counts, "suspects": [{**suspect, "updated_at": ""}]}
+    artifacts.put("p7/r000001/suspects.json", json.dumps(content).encode())
+
+
+@pytest.fixture
+def site(tmp_path: Path, redis_url: str) -> Iterator[tuple[str, Store]]:
+    """A running backend, its store, and somebody who makes the previews that are asked for."""
+    stand_in = ThreadingHTTPServer(("127.0.0.1", 0), StandIn)
+    threading.Thread(target=stand_in.serve_forever, args=(0.02,), daemon=True).start()
+    url = f"http://127.0.0.1:{stand_in.server_port}"
+    settings = Settings(
+        _env_file=None, label_studio_url=url, label_studio_api_key="0" * 40, redis_url=redis_url, data_dir=tmp_path
+    )
+    store = Store(settings.store_url)
+    store.migrate()
+    fill(store, Artifacts(settings.artifacts_root, tmp_path / "cache"))
+    server = uvicorn.Server(uvicorn.Config(create_app(settings), port=0, log_level="warning"))
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    over = threading.Event()
+    maker = threading.Thread(target=make_previews, args=(settings, over), daemon=True)
+    maker.start()
+    while not server.started:
+        time.sleep(0.02)
+    yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}", store
+    over.set()
+    server.should_exit = True
+    thread.join(10)
+    maker.join(10)
+    stand_in.shutdown()
+    stand_in.server_close()
+    store.close()
+
+
+def make_previews(settings: Settings, over: threading.Event) -> None:
+    own = Services(settings, "worker")
+    with redis.Redis.from_url(settings.redis_url) as connection:
+        while not over.wait(0.1):
+            for key in connection.keys("hf:preview:7:*"):
+                found = json.loads(connection.get(key) or b"{}")
+                if found.get("state") == "waiting":
+                    make_preview(own, 7, key.decode().rsplit(":", 1)[-1])
+    own.store.close()
+
+
+@pytest.fixture(scope="module")
+def browser(chromium: str) -> Iterator[Any]:
+    with playwright_api.sync_playwright() as playwright:
+        started = playwright.chromium.launch(executable_path=chromium, args=ARGUMENTS)
+        yield started
+        started.close()
+
+
+@pytest.fixture(params=[1280, 390])
+def page(request: pytest.FixtureRequest, browser: Any, site: tuple[str, Store]) -> Iterator[Any]:
+    opened = browser.new_page(viewport={"width": request.param, "height": 900})
+    complaints: list[str] = []
+    opened.on("pageerror", lambda error: complaints.append(str(error)))
+    opened.on("console", lambda told: complaints.append(told.text) if "Content Security" in told.text else None)
+    opened.on("dialog", lambda dialog: dialog.accept())
+    opened.goto(f"{site[0]}/projects/7")
+    yield opened
+    assert opened.evaluate("window.hacked") is None
+    assert opened.evaluate(TOO_WIDE) == [], "the page scrolls sideways"
+    assert complaints == []
+    opened.close()
+
+
+def press_on(page: Any, selector: str, key: str = "Enter") -> None:
+    """As somebody without a mouse: the element takes the focus, and the key."""
+    page.locator(selector).first.focus()
+    page.keyboard.press(key)
+
+
+def test_pause_and_resume_by_keyboard(page: Any, site: tuple[str, Store]) -> None:
+    press_on(page, "[data-act=pause]")
+    page.wait_for_selector("[data-act=resume]:not([hidden])")
+    assert page.locator("#now-words").inner_text().lower() == "paused"
+    assert page.locator("[data-act=start]").is_hidden()
+    press_on(page, "[data-act=resume]", "Space")
+    page.wait_for_selector("[data-act=start]:not([hidden])")
+    with site[1].read() as connection:
+        kinds = connection.execute(select(events.c.kind).order_by(events.c.id)).scalars().all()
+    assert list(kinds) == ["paused", "resumed"]
+
+
+def test_a_failed_step_appears_and_is_tried_again(page: Any, site: tuple[str, Store]) -> None:
+    with site[1].write() as connection:
+        row = {"project_id": 7, "number": 2, "state": "failed", "opened_at": 5.0, "closed_at": 6.0, "error": HOSTILE}
+        round_id = connection.execute(insert(rounds).values(**row).returning(rounds.c.id)).scalar_one()
+        step = {"round_id": round_id, "kind": "train", "state": "failed", "attempt": 3, "error": HOSTILE}
+        connection.execute(insert(steps).values(**step))
+    page.wait_for_selector("#work .failures [data-act=retry-round]", timeout=15_000)
+    assert HOSTILE in page.locator("#work .failures").inner_text()
+    press_on(page, "#work .failures [data-act=retry-round]")
+    page.wait_for_selector("[data-act=cancel]:not([hidden])")
+    with site[1].read() as connection:
+        assert connection.execute(select(rounds.c.state).where(rounds.c.id == round_id)).scalar_one() == "training"
+
+
+def test_settings_say_what_is_wrong_and_are_saved(page: Any, site: tuple[str, Store]) -> None:
+    press_on(page, "#settings summary")
+    page.locator("#set-batch_size").fill("none")
+    press_on(page, "#set-batch_size")
+    page.wait_for_selector("#set-batch_size[aria-invalid]")
+    assert "valid integer" in page.locator("#set-batch_size-wrong").inner_text()
+    assert page.evaluate("document.activeElement.id") == "set-batch_size"
+    page.locator("#set-batch_size").fill("3")
+    page.locator("#set-strategy").select_option("k_center")
+    assert page.locator("#settings [data-options-of=k_center]").is_visible()
+    assert page.locator("#settings [data-options-of=hybrid]").is_hidden()
+    press_on(page, "#settings-form [type=submit]")
+    page.wait_for_selector("#settings-said:has-text('Saved')")
+    with site[1].read() as connection:
+        stored = json.loads(connection.execute(select(projects.c.extra_params)).scalar_one())
+    assert stored == {"batch_size": 3, "strategy": "k_center", "strategy_options": {}}
+    assert "strategy: default -> \"k_center\"" in page.locator("#settings").inner_text()
+
+
+def test_a_form_that_is_being_filled_in_is_left_alone_by_the_refresh(page: Any, site: tuple[str, Store]) -> None:
+    press_on(page, "#settings summary")
+    page.locator("#set-epochs").evaluate("field => (field.closest('details').open = true)")
+    page.locator("#set-epochs").fill("12")
+    with site[1].write() as connection:
+        connection.execute(update(projects).values(stop_accepted_at=1.0))
+    page.wait_for_selector("#now-words:has-text('stopped')", timeout=15_000)
+    page.wait_for_timeout(1000)
+    assert page.locator("#set-epochs").input_value() == "12"
+
+
+def test_a_batch_is_previewed_and_published(page: Any, site: tuple[str, Store]) -> None:
+    press_on(page, "#preview summary")
+    page.locator("#try-strategy").select_option("least_confidence")
+    page.locator("#try-batch_size").fill("3")
+    press_on(page, "#try-batch_size")
+    page.wait_for_selector("#previewed h3", timeout=15_000)
+    assert "3 tasks by least_confidence: 0 of 4 still unlabelled" in page.locator("#previewed h3").inner_text()
+    shown = page.locator("#previewed .task").evaluate_all("found => found.map((one) => one.dataset.task)")
+    assert shown == ["20", "19", "18"]
+    assert HOSTILE in page.locator("#previewed").inner_text()
+    press_on(page, "[data-act=publish-preview]")
+    page.wait_for_selector("#preview-said:has-text('Round 2 publishes it.')")
+    with site[1].read() as connection:
+        assert connection.execute(select(rounds.c.kind).where(rounds.c.number == 2)).scalar_one() == "select"
+
+
+def test_the_batch_and_the_suspects_show_names_as_they_are(page: Any) -> None:
+    assert page.locator("#batch .reason").first.inner_text().lower().startswith("most uncertain box: <img src=x")
+    assert HOSTILE in page.locator("#balance").inner_text()
+    assert f"seen as {HOSTILE} .90" in page.locator("#suspects").inner_text()
+    press_on(page, "#batch .alike summary")
+    assert page.locator("#batch .alike a").first.inner_text() == "9"

@@ -1,0 +1,110 @@
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from fastapi.testclient import TestClient
+from sqlalchemy import insert, update
+
+from backend import report
+from backend.app import create_app
+from backend.curve_view import CurvePointView, CurveView
+from demo import history
+from worker.errors import NotFound
+from worker.services import Services
+from worker.settings import Settings
+from worker.store import projects, rounds
+
+HOSTILE = "<script>window.pwned=1</script>\"'&"
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> Iterator[Services]:
+    with history.pictures() as url:
+        services = Services(Settings(label_studio_url=url, label_studio_api_key="0" * 40, data_dir=tmp_path), "web")
+        services.store.migrate()
+        yield services
+        services.store.close()
+
+
+def fill(own: Services, **values: object) -> None:
+    history.fill(own.store, own.artifacts, tasks=400, rounds=3, now=1_790_000_000.0, **values)  # type: ignore[arg-type]
+
+
+def test_everything_is_in_one_file(own: Services) -> None:
+    fill(own)
+    html = report.render_report(own, 1, thumbnails=5)
+    assert html.count('src="data:image/jpeg;base64,') == 5
+    assert html.count('class="spot"') == 3
+    assert re.findall(r'(?:src|href)="(?!data:)[^"]*"|url\(|@import|<script', html) == []
+    for heading in ("Verdict", "Learning curve", "Rounds", "AP50 by class", "Current batch", "Settings"):
+        assert f"<h2>{heading}" in html
+    assert '<th>batch_size</th><td class="value">20</td><td class="muted">the project</td>' in html
+
+
+def test_names_are_escaped(own: Services) -> None:
+    fill(own, title=HOSTILE, class_names=(HOSTILE, "nut"))
+    with own.store.write() as connection:
+        connection.execute(update(rounds).values(error=HOSTILE))
+    html = report.render_report(own, 1, thumbnails=1)
+    assert "<script" not in html
+    assert html.count("&lt;script&gt;window.pwned=1&lt;/script&gt;&#34;&#39;&amp;") >= 4
+
+
+def test_a_project_without_rounds(own: Services) -> None:
+    with own.store.write() as connection:
+        connection.execute(insert(projects).values(id=3, title="New", connected_at=1.0))
+    html = report.render_report(own, 3)
+    assert "nothing measured yet" in html
+    assert "No batch is published yet." in html
+    with pytest.raises(NotFound, match="project 4 is not connected"):
+        report.render_report(own, 4)
+
+
+def test_without_label_studio_there_are_no_pictures_but_a_report(own: Services, tmp_path: Path) -> None:
+    fill(own)
+    alone = Services(own.settings.model_copy(update={"label_studio_url": "http://127.0.0.1:9"}), "web")
+    html = report.render_report(alone, 1, thumbnails=2)
+    assert html.count("no picture") == 2
+    assert "data:image" not in html
+
+
+def test_it_is_downloaded_under_its_own_policy(own: Services) -> None:
+    fill(own)
+    client = TestClient(create_app(own.settings))
+    answer = client.get("/api/projects/1/report.html")
+    assert answer.status_code == 200
+    assert answer.headers["content-disposition"] == 'attachment; filename="hardfirst-p1.html"'
+    assert answer.headers["content-security-policy"] == report.POLICY
+    assert client.get("/api/projects/9/report.html").status_code == 404
+
+
+def test_the_chart_has_the_points_where_the_axes_say() -> None:
+    points = [
+        CurvePointView(round_number=1, labels=0, map50=0.0, low=None, high=None),
+        CurvePointView(round_number=2, labels=100, map50=0.5, low=0.4, high=0.6),
+    ]
+    curve = CurveView(points=points, level=0.9, line=[], band=[], next=None, knee=None, fit_words="", agrees=None)
+    chart = report.curve_chart(curve)
+    assert chart is not None
+    assert [tick.words for tick in chart.up] == ["0", "0.1", "0.2", "0.3", "0.4", "0.5", "0.6"]
+    assert (chart.spots[0].x, chart.spots[0].y) == (chart.left, chart.floor)
+    at = {tick.words: tick.at for tick in chart.up}
+    assert (chart.spots[1].y, chart.spots[1].low, chart.spots[1].high) == (at["0.5"], at["0.4"], at["0.6"])
+    assert chart.spots[1].words == "round 2: 100 labels, mAP50 0.500 (0.400 to 0.600)"
+    assert report.curve_chart(curve.model_copy(update={"points": []})) is None
+
+
+@pytest.mark.parametrize(
+    ("most", "ticks"),
+    [
+        (1.0, [0, 0.2, 0.4, 0.6, 0.8, 1.0]),
+        (0.1, [0, 0.02, 0.04, 0.06, 0.08, 0.1]),
+        (2600, [0, 500, 1000, 1500, 2000, 2500, 3000]),
+        (7, [0, 2, 4, 6, 8]),
+    ],
+)
+def test_ticks_are_round_and_reach_the_end(most: float, ticks: list[float]) -> None:
+    assert report.nice_ticks(most) == pytest.approx(ticks)
