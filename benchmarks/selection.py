@@ -4,12 +4,13 @@ Each case runs in a fresh process with one thread. Seconds are those of its proc
 disturbs least, from arrays to the batch; memory is the highest resident size above that of the process before it read
 the embeddings, over their size: 1.0 is the embeddings and nothing else. The peers are scikit-activeml's CoreSet and the
 greedy loop of Sener & Savarese 2018 as it is commonly written, with scikit-learn's `pairwise_distances` in every step;
-ours and theirs take turns.
+ours and theirs take turns. Every process reads the strategies afresh, so a change of them during the run ends it.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import math
 import os
@@ -50,14 +51,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if given.case:
         print(json.dumps(measure(**json.loads(given.case))))
         return
+    source = _source()
     with tempfile.TemporaryDirectory() as folder:
         cases = _cases(Path(folder), given.quick)
-        versus = _versus_peers(Path(folder), *((QUICK_PEER_SIZE, 2) if given.quick else (PEER_SIZE, 3)))
+        versus = _versus_peers(Path(folder), *((QUICK_PEER_SIZE, 2) if given.quick else (PEER_SIZE, 5)))
+    if _source() != source:
+        raise SystemExit("strategies/ changed during the run: these figures are of two versions. Run it again.")
     summary = {**versus, **_summary(cases), "cases": cases}
     for name in ("k_center_seconds", "k_center_vs_peer", "k_center_vs_pairwise", "same_picks"):
         print(f"{name}: {summary[name]}")
     if given.json:
         print(json.dumps(summary))
+
+
+def _source() -> str:
+    """What the fresh processes import, in short."""
+    files = sorted((ROOT / "strategies").glob("*.py"))
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
 
 
 def _cases(folder: Path, quick: bool) -> list[dict[str, Any]]:
@@ -92,10 +102,11 @@ def _growth(before: Sequence[Mapping[str, Any]], case: Mapping[str, Any]) -> flo
 
 
 def _summary(cases: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Of the largest pool of each strategy; k-means' growth from its smallest to its largest."""
-    largest = {case["name"]: case for case in sorted(cases, key=lambda case: case["size"]) if case["k"] == 200}
+    """The most memory of any strategy, whatever K, at 80,000 images and more (--quick: its larger pool, where fixed
+    costs weigh more); k-means' growth from its smallest to its largest pool."""
+    large = min(FULL_SIZES[-1], max(case["size"] for case in cases))
     kmeans = sorted((case for case in cases if case["name"] == "kmeans" and case["k"] == 200), key=lambda c: c["size"])
-    worst = max(largest.values(), key=lambda case: case["memory"])
+    worst = max((case for case in cases if case["size"] >= large), key=lambda case: case["memory"])
     times = kmeans[-1]["seconds"] / kmeans[0]["seconds"]
     return {
         "peak_memory": worst["memory"],

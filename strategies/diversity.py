@@ -24,7 +24,7 @@ _SMALL = 2**20
 _BLOCK = 2**20
 # Above this share of candidates one product of whole blocks is cheaper than looking at each pair.
 _FEW_PAIRS = 0.02
-# More than float32 can move a cosine by.
+# More than float32 can move the product of two rows by, relative to their lengths.
 _SKETCH_ROUNDING = 1e-5
 # Rows that k-means learns its centroids from: all, or as many as these.
 _KMEANS_ROWS = 100_000
@@ -122,7 +122,10 @@ def _nearest_squares(points: Floats, others: Floats, *, unit: bool = False) -> V
     squares = _squares(targets)
     for rows in _blocks(len(points), max(len(others), points.shape[1])):
         part = work(points[rows])
-        nearest = np.argmin(squares - 2 * (part @ targets.T), axis=1)
+        distances = part @ targets.T
+        distances *= -2
+        distances += squares  # + |x|^2, the same along a row
+        nearest = np.argmin(distances, axis=1)
         result[rows] = _squares((part - targets[nearest]).astype(np.float64))
     return result
 
@@ -185,6 +188,7 @@ def walk_k_center(
     work = _Arithmetic(points)
     rows = points.astype(work.dtype, copy=False)
     squares = work.squares(points)
+    sketch = _Sketch(points, work) if work.dtype == np.float32 else None
     nearest = _nearest_squares(points, anchors).astype(work.dtype)  # squares rank alike, and keep exact ties exact
     positions = np.zeros(picks, dtype=np.int64)
     pick_distances = np.zeros(picks)
@@ -193,15 +197,25 @@ def walk_k_center(
         positions[turn], pick_distances[turn] = best, math.sqrt(nearest[best])
         candidates.take(best)
         centre = work(points[best])
+        closer = slice(None) if sketch is None else sketch.closer(best, squares, nearest)
         # x.c around the middle, from rows as they are: moving all of them would take a second copy of the pool
-        distances = rows @ centre
+        distances = _products(rows, closer, centre)
         distances -= work.dtype(work.middle.astype(np.float64) @ centre)
         distances *= -2
-        distances += squares
+        distances += squares[closer]
         distances += squares[best]
-        np.minimum(nearest, np.maximum(distances, 0, out=distances), out=nearest)
+        nearest[closer] = np.minimum(nearest[closer], np.maximum(distances, 0, out=distances))
         nearest[best] = 0
     return KCenterWalk(positions, pick_distances, np.sqrt(nearest.astype(np.float64)))
+
+
+def _products(rows: Floats, chosen: Integers | slice, centre: Floats) -> Floats:
+    if isinstance(chosen, slice):
+        return rows[chosen] @ centre
+    products: Floats = np.empty(len(chosen), rows.dtype)
+    for part in _blocks(len(chosen), rows.shape[1]):
+        products[part] = rows[chosen[part]] @ centre
+    return products
 
 
 def k_center(embeddings: ArrayLike, k: int, labelled: ArrayLike | None = None) -> Integers:
@@ -242,8 +256,10 @@ def walk_coverage(
     weights = _coverage_weights(utilities, len(points))
     references = _references(weights, as_count(max_references, "max_references"), seed)
     bandwidth = coverage_bandwidth(anchors)
-    covered = best_kernel(points[references], anchors, bandwidth)
-    gains = _LazyGains(_Kernel(points, references, bandwidth), weights[references], covered)
+    reach = np.empty(len(references))
+    for some in _blocks(len(references), points.shape[1] if len(points) else 1):  # not all at once: memory
+        reach[some] = _nearest_squares(points[references[some]], anchors, unit=True)
+    gains = _LazyGains(_Kernel(points, references, bandwidth), weights[references], reach)
     positions = np.zeros(picks, dtype=np.int64)
     pick_gains = np.zeros(picks)
     for turn in range(picks):
@@ -328,48 +344,125 @@ def _references(weights: Vector, limit: int, seed: int) -> Integers:
 
 
 class _Kernel:
-    """Rows of the (N, R) Gaussian kernel, computed when asked for: at 80,000 x 20,000 it would not fit in memory."""
+    """The (N, R) Gaussian kernel, computed when asked for: at 80,000 x 20,000 it would not fit in memory."""
 
     def __init__(self, points: Floats, references: Integers, bandwidth: float) -> None:
-        self._points = points
+        self._points, self._references = points, references
         self._work = _Arithmetic(points, unit=True)
         self.dtype = self._work.dtype
-        self.size, self.width = len(points), len(references)
-        # One product gives the whole exponent: (2 x.r - |x|^2 - |r|^2) / h^2.
-        self._right = np.empty((self.width, points.shape[1] + 2 if len(points) else 2), self.dtype)
-        for rows in _blocks(self.width, self._right.shape[1]):
-            targets = self._work(points[references[rows]])
-            self._right[rows, :-2] = 2 * targets
-            self._right[rows, -2] = -1
-            self._right[rows, -1] = -_squares(targets)
-        self._right *= self.dtype(bandwidth**-2)
+        self.size, self.width, self.columns = len(points), len(references), points.shape[1] + 2 if len(points) else 2
+        self.scale = self.dtype(bandwidth**-2)
+        self._sketch = _Sketch(points, self._work) if self.dtype == np.float32 else None
+        self._held: Floats | None = None
+
+    def hold(self) -> None:
+        """Keep all references ready from now on: for walks that need most of them again and again."""
+        held: Floats = np.empty((self.width, self.columns), self.dtype)
+        for columns in _blocks(self.width, self.columns):
+            held[columns] = self.right(columns)
+        self._held = held
 
     def left(self, positions: Integers | slice) -> Floats:
-        """(n, D + 2) what `values` needs of rows of the pool."""
+        """(n, D + 2) of rows of the pool: times `right` it is the whole exponent, (2 x.r - |x|^2 - |r|^2) / h^2."""
         part = self._work(self._points[positions])
         return np.column_stack([part, _squares(part), np.ones(len(part), self.dtype)])
 
-    def values(self, left: Floats, columns: slice) -> Floats:
-        """(n, R) of these rows and the references in `columns`."""
-        exponents = left @ self._right[columns].T
-        np.minimum(exponents, 0, out=exponents)
-        return np.exp(exponents, out=exponents)
+    def right(self, columns: Integers | slice) -> Floats:
+        """(n, D + 2) of references."""
+        if self._held is not None:
+            return self._held[columns]
+        part = self._work(self._points[self._references[columns]])
+        result = np.column_stack([part, np.full(len(part), -0.5, self.dtype), _squares(part) / -2])
+        result *= 2 * self.scale
+        return result
+
+    def closer(self, rows: Integers | slice, columns: slice, reach: Floats) -> tuple[Integers, Integers] | None:
+        """Pairs (n-th row, m-th column) that may be at a squared distance below the column's reach, or None if many."""
+        if self._sketch is None:
+            return None
+        close = self._sketch.within(rows, self._references[columns], reach[columns])
+        if int(np.count_nonzero(close)) > _FEW_PAIRS * close.size:
+            return None
+        first, second = np.divmod(np.flatnonzero(close), close.shape[1])
+        return first, second
+
+    def of_pairs(self, left: Floats, right: Floats, first: Integers, second: Integers) -> Floats:
+        """(n,) of the rows `first` of left and `second` of right."""
+        exponents: Floats = np.empty(len(first), self.dtype)
+        for some in _blocks(len(first), 8 * self.columns):  # eighths of a block: both copies stay in the cache
+            exponents[some] = np.einsum("ij,ij->i", left[first[some]], right[second[some]])
+        return _kernel_of(exponents)
+
+
+def _kernel_of(exponents: Floats) -> Floats:
+    np.minimum(exponents, 0, out=exponents)
+    result: Floats = np.exp(exponents, out=exponents)
+    return result
+
+
+class _Pairs:
+    """Kernel values of pairs (row, reference), stored row by row: at most as many as make a fifth of the embeddings.
+
+    `full` once there were more: then it holds nothing of use.
+    """
+
+    _SHARE = 8  # numbers in the embeddings to one pair
+    _ROWS = 2048  # read by the first round before what it found is sorted
+
+    def __init__(self, kernel: _Kernel) -> None:
+        most = int(kernel.size * kernel.columns / self._SHARE)  # memory is taken as it fills, not here
+        self._starts = np.zeros(kernel.size + 1, dtype=np.int64)
+        self._columns = np.empty(most, np.uint16 if kernel.width <= 2**16 else np.int64)
+        self._values: Floats = np.empty(most, kernel.dtype)
+        self._rows_done = 0
+        self.full = False
+
+    def give_up(self) -> None:
+        self._columns, self._values, self.full = self._columns[:0].copy(), self._values[:0].copy(), True
+
+    def append(self, size: int, rows: Integers, columns: Integers, values: Floats) -> bool:
+        """The pairs of the next `size` rows, `rows` counting from the first of them; False if they do not fit."""
+        start, done = self._starts[self._rows_done], self._rows_done
+        if start + len(rows) > len(self._columns):
+            return False
+        order = np.argsort(rows, kind="stable")
+        self._columns[start : start + len(rows)] = columns[order]
+        self._values[start : start + len(rows)] = values[order]
+        self._rows_done += size
+        self._starts[done + 1 : done + size + 1] = start + np.cumsum(np.bincount(rows, minlength=size))
+        return True
+
+    def of(self, positions: Integers) -> tuple[Integers, NDArray[np.integer[Any]], Floats]:
+        """Of these rows: which of them, the reference, the value."""
+        starts = self._starts[positions]
+        counts = self._starts[positions + 1] - starts
+        nth = np.repeat(np.arange(len(positions)), counts)
+        places = np.arange(len(nth)) + np.repeat(starts - np.cumsum(counts) + counts, counts)
+        return nth, self._columns[places], self._values[places]
 
 
 class _LazyGains:
-    """Upper bounds on what each row would still add; brought up to date only for rows that may be the best."""
+    """Upper bounds on what each row would still add; brought up to date only for rows that may be the best.
+
+    A row adds to a reference only if it is closer than whatever covers that reference (`reach`, a squared distance). So
+    the kernel is computed where the sketch can not rule that out, and kept where there was something to add: what is
+    covered only rises. All that is left out is zero; nothing is approximated.
+    """
 
     _TILE = 1024  # references weighed at once
+    _TILE_ROWS = 512  # beside as many rows in the first round: 2 MB
     _FIRST, _LARGEST = 16, 512  # rows brought up to date at once: few when the first guess is right, more when not
 
-    def __init__(self, kernel: _Kernel, weights: Vector, covered: Vector) -> None:
+    def __init__(self, kernel: _Kernel, weights: Vector, reach: Vector) -> None:
         self._kernel = kernel
         self._weights = weights.astype(kernel.dtype)
-        self._covered = covered.astype(kernel.dtype)
+        self._reach = reach.astype(kernel.dtype)
+        self._covered: Floats = np.exp(-self._reach * kernel.scale)
         self._bounds = np.zeros(kernel.size)
         self._fresh = np.ones(kernel.size, dtype=np.bool_)
-        for rows in _blocks(kernel.size, self._TILE):
-            self._bounds[rows] = self._gains(rows)
+        self._pairs = _Pairs(kernel)
+        for rows in _blocks(kernel.size, _BLOCK // _Pairs._ROWS):
+            self._start(rows)
 
     def best(self, allowed: Booleans) -> tuple[int, float]:
         """The allowed row of the largest gain, and that gain."""
@@ -387,24 +480,83 @@ class _LazyGains:
             step = min(2 * step, self._LARGEST)
 
     def pick(self, position: int) -> None:
-        values = self._kernel.values(self._kernel.left(np.array([position])), slice(None))
-        np.maximum(self._covered, values[0], out=self._covered)
         self._fresh[:] = False
+        row = np.array([position])
+        if not self._pairs.full:
+            _, kept, values = self._pairs.of(row)
+            self._covered[kept] = np.maximum(self._covered[kept], values)
+            return
+        left = self._kernel.left(row)[0]
+        near = self._kernel.closer(row, slice(0, self._kernel.width), self._reach)
+        every: Integers = np.arange(self._kernel.width, dtype=np.int64) if near is None else near[1]
+        for some in _blocks(len(every), self._kernel.columns):
+            columns = every[some]
+            exponents = np.minimum(self._kernel.right(columns) @ left, 0)
+            self._reach[columns] = np.minimum(self._reach[columns], -exponents / self._kernel.scale)
+            self._covered[columns] = np.maximum(self._covered[columns], np.exp(exponents))
 
     def _update(self, positions: Integers) -> None:
         # Bounds never rise, so rounding can not make a row look better than it was.
         self._bounds[positions] = np.minimum(self._bounds[positions], self._gains(positions))
         self._fresh[positions] = True
 
-    def _gains(self, rows: Integers | slice) -> Vector:
+    def _start(self, rows: slice) -> None:
+        """The first bounds of some thousand rows, and their pairs."""
         left = self._kernel.left(rows)
-        gains = np.zeros(len(left))
-        for columns in _blocks(self._kernel.width, _BLOCK // self._TILE):  # 4 MB each: what the cache holds
-            added = self._kernel.values(left, columns)
-            added -= self._covered[columns]
-            np.maximum(added, 0, out=added)
-            gains += added @ self._weights[columns]
+        found: list[tuple[Integers, Integers, Floats]] = []
+        for columns in _blocks(self._kernel.width, _BLOCK // self._TILE):
+            right = self._kernel.right(columns)
+            for part in _blocks(len(left), _BLOCK // self._TILE_ROWS):
+                some = slice(rows.start + part.start, rows.start + part.stop)
+                near = self._kernel.closer(some, columns, self._reach)
+                if near is None:
+                    self._bounds[some] += self._added_by_all(left[part], columns, right)
+                    self._give_up()
+                    continue
+                values = self._kernel.of_pairs(left[part], right, *near)
+                more = values > self._covered[columns][near[1]]
+                pairs = near[0][more], near[1][more] + columns.start, values[more]
+                self._bounds[some] += self._added_by(len(self._bounds[some]), *pairs)
+                if not self._pairs.full:
+                    found.append((pairs[0] + part.start, *pairs[1:]))
+        if not self._pairs.full:
+            first, second, near_values = (np.concatenate(one) for one in zip(*found, strict=True))
+            if not self._pairs.append(len(left), first, second, near_values):
+                self._give_up()
+
+    def _give_up(self) -> None:
+        """Too many pairs to keep: from now on they are computed when needed, from references that are kept instead."""
+        if not self._pairs.full:
+            self._pairs.give_up()
+            self._kernel.hold()
+
+    def _gains(self, positions: Integers) -> Vector:
+        """(n,) what these rows would add now."""
+        if not self._pairs.full:
+            return self._added_by(len(positions), *self._pairs.of(positions))
+        left = self._kernel.left(positions)
+        gains = np.zeros(len(positions))
+        for columns in _blocks(self._kernel.width, _BLOCK // self._TILE):
+            near = self._kernel.closer(positions, columns, self._reach)
+            right = self._kernel.right(columns)
+            if near is None:
+                gains += self._added_by_all(left, columns, right)
+            else:
+                values = self._kernel.of_pairs(left, right, *near)
+                gains += self._added_by(len(left), near[0], near[1] + columns.start, values)
         return gains
+
+    def _added_by(self, size: int, rows: Integers, columns: NDArray[np.integer[Any]], values: Floats) -> Vector:
+        """(size,) what pairs add to what is covered, summed by row."""
+        added = np.maximum(values - self._covered[columns], 0) * self._weights[columns]
+        sums: Vector = np.bincount(rows, added, minlength=size).astype(np.float64)
+        return sums
+
+    def _added_by_all(self, left: Floats, columns: slice, right: Floats) -> Vector:
+        values = _kernel_of(left @ right.T)
+        values -= self._covered[columns]
+        added: Vector = np.maximum(values, 0, out=values) @ self._weights[columns]
+        return added
 
 
 # --- near-duplicates -------------------------------------------------------------------------------------------
@@ -452,29 +604,51 @@ def near_duplicates_of_labelled(embeddings: ArrayLike, labelled: ArrayLike, thre
 
 
 class _Sketch:
-    """Upper bounds on cosines from the few directions in which rows differ most.
+    """Upper bounds on the products of rows, from the few directions in which rows differ most.
 
     Each row is its coordinates along them and the length of what is left of it: by Cauchy-Schwarz the product of two
-    such rows is at least their cosine.
+    such short rows is at least that of the rows themselves. An eighth of the work rules out most pairs of a pool.
     """
 
     _WIDTH = 32
     _SAMPLE = 4096
 
     def __init__(self, points: Floats, work: _Arithmetic) -> None:
-        sample = work(_spread(points, self._SAMPLE)).astype(np.float64)
-        directions = np.linalg.eigh(sample.T @ sample)[1][:, ::-1][:, : self._WIDTH - 1]
+        sample = work(_spread(points, self._SAMPLE))
+        # any orthonormal directions give true bounds; these give close ones
+        vectors = np.linalg.eigh((sample.T @ sample).astype(np.float64))[1]
+        directions = vectors[:, ::-1][:, : self._WIDTH - 1].astype(np.float32)
         self.rows = np.empty((len(points), directions.shape[1] + 1), np.float32)
-        for rows in _blocks(len(points), points.shape[1]):
-            part = work(points[rows]).astype(np.float64)
+        self.squares = np.empty(len(points), np.float32)
+        del sample
+        for rows in _blocks(len(points), 4 * max(points.shape[1], 1)):
+            part = work(points[rows])
             along = part @ directions
+            squares = self.squares[rows] = _squares(part)
+            left = np.maximum(squares - _squares(along), 0) + np.float32(_SKETCH_ROUNDING) * squares
             self.rows[rows, :-1] = along
-            self.rows[rows, -1] = np.sqrt(np.maximum(_squares(part) - _squares(along), 0))
+            self.rows[rows, -1] = np.sqrt(left)
+
+    def within(self, rows: Integers | slice, columns: Integers, reach: Floats) -> Booleans:
+        """Pairs whose squared distance may be below the column's reach; that of the others is not."""
+        shrink = np.float32(1 - _SKETCH_ROUNDING)
+        left = np.column_stack([self.rows[rows], shrink * self.squares[rows]])
+        right = np.column_stack([self.rows[columns], np.full(len(columns), -0.5, np.float32)])
+        result: Booleans = left @ right.T > (shrink * self.squares[columns] - reach) / 2
+        return result
 
     def above(self, rows: slice, columns: slice, limit: float) -> Booleans:
-        """Pairs whose cosine may exceed the limit; the others do not."""
+        """Pairs of rows of unit length whose cosine may exceed the limit; the others do not."""
         result: Booleans = self.rows[rows] @ self.rows[columns].T > limit - _SKETCH_ROUNDING
         return result
+
+    def closer(self, centre: int, squares: Floats, nearest: Floats) -> Integers | slice:
+        """Rows whose squared distance to a row may be below `nearest`, or all when those are many."""
+        bounds = squares + squares[centre]
+        bounds *= np.float32(1 - _SKETCH_ROUNDING)
+        bounds -= 2 * (self.rows @ self.rows[centre])
+        positions = np.flatnonzero(bounds < nearest)
+        return positions if 8 * len(positions) < len(nearest) else slice(None)
 
 
 def _close_pairs(

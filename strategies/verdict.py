@@ -353,9 +353,8 @@ def plateau(one: ClassCurve, worth_gain: float = WORTH_GAIN, rounds: int = 3) ->
 
 
 def in_words(value: float) -> str:
-    """A share of mAP as people write it: .06, .004, -.02."""
-    digits = 2 if abs(value) >= 0.0095 else 3
-    text = f"{abs(value):.{digits}f}"
+    """A share of mAP as people write it: .06, .013, .004, -.02. Below .02 a hundredth is too coarse."""
+    text = f"{abs(value):.2f}" if abs(value) >= 0.0195 else f"{abs(value):.3f}".removesuffix("0")
     sign = "-" if value < 0 and float(text) else ""
     return sign + text.removeprefix("0") if float(text) else "0"
 

@@ -319,13 +319,19 @@ def _history(
     elif plateau(curve, worth, PLATEAU_ROUNDS):
         flags.append("plateau")
     told = None if training is None else int(training.get(name) or 0)
-    return ClassHistory(name, ap50, boxes, told, flags, _class_sentence(curve, flags))
+    return ClassHistory(name, ap50, boxes, told, flags, _class_sentence(curve, flags, worth))
 
 
-def _class_sentence(curve: ClassCurve, flags: Sequence[str]) -> str:
+def _has_fallen(ap50: Sequence[float | None], worth: float) -> bool:
+    recent = [value for value in ap50[-(PLATEAU_ROUNDS + 1) :] if value is not None]
+    return max(recent[1:]) <= recent[0] - worth
+
+
+def _class_sentence(curve: ClassCurve, flags: Sequence[str], worth: float) -> str:
     told = []
     if "plateau" in flags:
-        told.append(f"AP of {curve.name} has not moved for {PLATEAU_ROUNDS} rounds: collect more of it.")
+        moved = "has been lower" if _has_fallen(curve.ap50, worth) else "has not moved"
+        told.append(f"AP of {curve.name} {moved} for {PLATEAU_ROUNDS} rounds: collect more of it.")
     if "rising" in flags:
         told.append(f"AP of {curve.name} still rises.")
     if "rare" in flags:

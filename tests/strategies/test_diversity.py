@@ -66,6 +66,28 @@ def coverage_gains(embeddings, order, utilities, labelled):
     return np.array(gains), np.array(best)
 
 
+def large_pool(kind, size, seed):
+    """(size, 40) float32, wider than the sketch."""
+    rng = np.random.default_rng(seed)
+    spread = rng.normal(size=(size, 40))
+    pools = {
+        "spread": spread,
+        "clusters": rng.normal(size=(5, 40))[rng.integers(0, 5, size)] + 0.05 * spread + 1,
+        "lines": spread[:, :1] * rng.normal(size=40),  # one direction; every row has its opposite or its like
+        "equal": np.repeat(spread[:1], size, axis=0),
+        "zeros": spread * (rng.random((size, 1)) < 0.5),
+    }
+    return pools[kind].astype(np.float32)
+
+
+def with_large_path(run, **constants):
+    """What `run` gives when pools of any size take the float32 path, in many blocks."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {"_SMALL": 0, "_BLOCK": 3000, **constants}.items():
+            patch.setattr(diversity, name, value)
+        return run()
+
+
 # --- k-means
 
 
@@ -153,6 +175,32 @@ def test_k_center_on_a_large_float32_pool_equals_brute_force(monkeypatch):
     assert k_center(points, 30, points[:3] + 1).tolist() == expected
 
 
+@settings(max_examples=60, deadline=None)
+@given(
+    st.sampled_from(["spread", "clusters", "lines", "equal", "zeros"]),
+    st.integers(1, 60),
+    st.integers(0, 3),
+    st.integers(0, 99),
+)
+def test_k_center_through_the_sketch_takes_a_farthest_row(kind, size, labelled, seed):
+    points = large_pool(kind, size, seed)
+    anchors = points[:labelled].astype(np.float64) + 0.5
+    order = with_large_path(lambda: k_center(points, 20, anchors)).tolist()
+    assert len(set(order)) == min(20, size)
+    rows = points.astype(np.float64)
+    scale = max(1.0, float((rows**2).sum(axis=1).max()))
+    nearest = np.full(size, math.inf)
+    for anchor in anchors:
+        nearest = np.minimum(nearest, ((rows - anchor) ** 2).sum(axis=1))
+    for turn, position in enumerate(order):
+        left = [row for row in range(size) if row not in order[:turn]]
+        if math.isfinite(nearest[position]):
+            assert nearest[position] >= nearest[left].max() - 1e-5 * scale
+        else:
+            assert position == 0
+        nearest = np.minimum(nearest, ((rows - rows[position]) ** 2).sum(axis=1))
+
+
 def test_k_center_spreads_within_twice_the_best_radius():
     # Gonzalez 1985: greedy is a 2-approximation
     points = np.random.default_rng(5).normal(size=(9, 2))
@@ -211,6 +259,44 @@ def test_coverage_on_the_float32_path_equals_float64(monkeypatch):
     result = walk_coverage(points.astype(np.float32), 40, weights, labelled)
     assert result.positions.tolist() == expected.positions.tolist()
     assert result.gains == pytest.approx(expected.gains, rel=1e-3)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.sampled_from(["spread", "clusters", "lines", "equal", "zeros"]),
+    st.integers(1, 60),
+    st.integers(0, 12),
+    st.sampled_from([0.0, 0.02, 1.0]),  # all pairs, either, pairs through the sketch
+    st.integers(0, 99),
+)
+def test_coverage_through_the_sketch_is_greedy(kind, size, labelled, few_pairs, seed):
+    points, anchors = large_pool(kind, size, seed), large_pool(kind, 12, seed + 1)[:labelled]
+    weights = np.random.default_rng(seed).random(size) + 0.1
+    walk = with_large_path(lambda: walk_coverage(points, 15, weights, anchors), _FEW_PAIRS=few_pairs)
+    order = walk.positions.tolist()
+    assert len(set(order)) == min(15, size)
+    # float32 moves a squared distance by 1e-6, and so a kernel of bandwidth h by 1e-6 / h^2
+    rounding = size * (1e-4 + 2e-6 / walk.bandwidth**2)
+    gains, best = coverage_gains(points, order, weights, anchors)
+    assert walk.gains == pytest.approx(gains, abs=rounding)
+    assert gains == pytest.approx(best, abs=rounding)
+    assert (np.diff(walk.gains) <= 1e-9).all()
+    shorter = with_large_path(lambda: coverage(points, 6, weights, anchors), _FEW_PAIRS=few_pairs)
+    assert shorter.tolist() == order[:6]
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_coverage_is_the_same_whether_pairs_are_kept(monkeypatch, kept):
+    points, anchors = large_pool("clusters", 300, 4), large_pool("clusters", 40, 4)
+    weights = np.random.default_rng(4).random(300)
+    expected = walk_coverage(points, 50, weights, anchors)  # float64, all pairs
+    monkeypatch.setattr(diversity._Pairs, "_SHARE", 0.01 if kept else 1e9)
+    held, hold = [], diversity._Kernel.hold
+    monkeypatch.setattr(diversity._Kernel, "hold", lambda kernel: held.append(hold(kernel)))
+    result = with_large_path(lambda: walk_coverage(points, 50, weights, anchors), _FEW_PAIRS=1.0)
+    assert bool(held) == (not kept)
+    assert result.positions.tolist() == expected.positions.tolist()
+    assert result.gains == pytest.approx(expected.gains, rel=1e-3, abs=1e-4)
 
 
 def test_coverage_with_fewer_references_is_seeded():
@@ -378,16 +464,49 @@ def test_groups_of_a_large_pool_equal_those_of_all_cosines(monkeypatch, few_pair
         assert 100 < expected.max() + 1 < 300
 
 
-def test_the_sketch_never_rules_out_a_pair():
-    rng = np.random.default_rng(12)
-    points = unit_rows((rng.normal(size=(300, 64)) * np.linspace(3, 0.01, 64) + 0.2).astype(np.float32))
-    work = diversity._Arithmetic(points, unit=True, centre=False)
-    sketch = diversity._Sketch(points, work).rows
-    assert sketch.shape == (300, 32)
-    slack = sketch @ sketch.T - points @ points.T
-    assert slack.min() >= -1e-6
-    assert (slack <= 2 * np.outer(sketch[:, -1], sketch[:, -1]) + 1e-6).all()  # |r||s| - r.s of what is left
-    assert 0.2 < sketch[:, -1].mean() < 0.5
+@settings(max_examples=60, deadline=None)
+@given(
+    st.sampled_from(["spread", "clusters", "lines", "equal", "zeros"]),
+    st.integers(1, 80),
+    st.sampled_from([0.0, 0.02, 1.0]),
+    st.integers(0, 99),
+    st.data(),
+)
+def test_groups_through_the_sketch_equal_those_of_all_cosines(kind, size, few_pairs, seed, data):
+    points = large_pool(kind, size, seed)
+    unit = unit_rows(points.astype(np.float64))
+    cosines = np.unique((unit @ unit.T).round(5))
+    near = data.draw(st.sampled_from(cosines.tolist()))
+    # just beside a cosine that occurs: above or below it, by what float32 can tell
+    threshold = float(np.clip(near + data.draw(st.sampled_from([-2e-5, 2e-5])), -1, 1))
+    if np.abs(unit @ unit.T - threshold).min() < 5e-6:
+        return  # nobody promises the side of a tie
+    expected = near_duplicate_groups(points.astype(np.float64), threshold)
+    found = with_large_path(lambda: near_duplicate_groups(points, threshold), _FEW_PAIRS=few_pairs)
+    assert found.tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize("kind", ["spread", "clusters", "lines", "equal", "zeros"])
+@pytest.mark.parametrize("size", [1, 300])
+def test_the_sketch_never_rules_out_a_pair(kind, size):
+    points = large_pool(kind, size, 12)
+    sketch = with_large_path(lambda: diversity._Sketch(points, diversity._Arithmetic(points, centre=False)))
+    assert sketch.rows.shape == (size, 32)
+    exact = points.astype(np.float64)
+    lengths = np.linalg.norm(exact, axis=1)
+    slack = sketch.rows @ sketch.rows.T - exact @ exact.T
+    allowed = np.outer(lengths, lengths)
+    assert (slack >= 0).all()  # not even rounding puts a product of short rows below that of the rows
+    # |r||s| - r.s of what is left, at most twice |r||s|
+    assert (slack <= 2 * np.outer(sketch.rows[:, -1], sketch.rows[:, -1]) + 1e-5 * allowed).all()
+    squares = ((exact[:, None] - exact[None]) ** 2).sum(axis=2)
+    everything = np.arange(size)
+    for column in everything[:20]:
+        reach = np.float32(np.median(squares[:, column]) * 0.7)
+        ruled_out = ~sketch.within(everything, np.array([column]), np.array([reach]))[:, 0]
+        assert (squares[ruled_out, column] >= reach).all()
+        closer = sketch.closer(column, sketch.squares, np.full(size, reach, np.float32))
+        assert isinstance(closer, slice) or (np.delete(squares[:, column], closer) >= reach).all()
 
 
 def test_groups_of_duplicates_zeros_and_nothing():

@@ -153,13 +153,15 @@ def test_power_in_words():
 
 
 def test_words_for_shares():
-    assert [in_words(value) for value in (0.06, 0.004, -0.02, 0.0, 0.123, 1.0)] == [
+    assert [in_words(value) for value in (0.06, 0.004, -0.02, 0.0, 0.123, 1.0, 0.0134, 0.01)] == [
         ".06",
         ".004",
         "-.02",
         "0",
         ".12",
         "1.00",
+        ".013",
+        ".01",
     ]
 
 

@@ -214,6 +214,14 @@ def test_classes_over_rounds_with_flags_and_words(store: Store) -> None:
     assert rare.sentence.startswith("The holdout holds 4 boxes of <b>rare</b>")
 
 
+def test_a_class_that_fell_is_not_said_to_stand_still(store: Store) -> None:
+    for number, value in enumerate((0.5, 0.4, 0.35, 0.4), start=1):
+        add_round(store, number, 0.5, per_class=json.dumps({"pit": {"ap50": value, "boxes": 60}}))
+    with store.read() as connection:
+        (pit,) = class_histories(connection, 7)
+    assert (pit.flags, pit.sentence) == (["plateau"], "AP of pit has been lower for 3 rounds: collect more of it.")
+
+
 def test_no_rounds_no_classes(store: Store) -> None:
     with store.read() as connection:
         assert class_histories(connection, 7) == []
