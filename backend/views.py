@@ -78,7 +78,7 @@ PHASE_WORDS: Mapping[Phase, str] = {
 VERDICT_WORDS = {
     "continue": "Continue labelling",
     "stop": "Time to stop",
-    "insufficient_evidence": "Too early to say",
+    "insufficient_evidence": "Not enough evidence",
 }
 EVENT_WORDS = {
     "ANNOTATION_CREATED": "label saved",

@@ -354,9 +354,14 @@ def plateau(one: ClassCurve, worth_gain: float = WORTH_GAIN, rounds: int = 3) ->
 
 def in_words(value: float) -> str:
     """A share of mAP as people write it: .06, .013, .004, -.02. Below .02 a hundredth is too coarse."""
-    text = f"{abs(value):.2f}" if abs(value) >= 0.0195 else f"{abs(value):.3f}".removesuffix("0")
+    text = f"{abs(value):.2f}" if abs(value) >= 0.0195 else _decimals(value)
     sign = "-" if value < 0 and float(text) else ""
     return sign + text.removeprefix("0") if float(text) else "0"
+
+
+def _decimals(value: float) -> str:
+    """Three digits: beside figures that it is compared with."""
+    return f"{abs(value):.3f}".removesuffix("0")
 
 
 def _signed(value: float) -> str:
@@ -378,7 +383,7 @@ def _reasons(advice: Advice, gain: GainEstimate, last: float, worth: float, imag
     over = "The last two rounds gained" if gain.rounds_used == 2 else "The last round gained"
     told = f"{over} {_signed(gain.mean)} mAP50{' a round' * (gain.rounds_used == 2)}"
     between = f"{told}; the truth lies between {_signed(gain.lower)} and {_signed(gain.upper)} nine times of ten."
-    price = f"A round is worth its price from {in_words(worth)} on"
+    price = f"A round is worth its price from {_decimals(worth).removeprefix('0')} on"
     visible = power_sentence(images, smallest_visible_gain(gain), more)
     if advice == "stop":
         return between, f"{price}: that much is unlikely."
@@ -396,17 +401,16 @@ def _reasons(advice: Advice, gain: GainEstimate, last: float, worth: float, imag
 def _compared(advice: Advice, fit: Extrapolation | None, worth: float) -> tuple[bool, str]:
     if fit is None:
         return True, ""
-    told = (
-        f"The fitted curve expects {_signed(fit.next_gain)} of the next round "
-        f"({_signed(fit.next_gain_low)} to {_signed(fit.next_gain_high)})"
-    )
+    low, high = _signed(fit.next_gain_low), _signed(fit.next_gain_high)
+    between = "" if low == high else f" ({low} to {high})"
+    told = f"The fitted curve expects {_signed(fit.next_gain)} of the next round{between}"
     if advice == "stop" and fit.next_gain >= worth:
         return False, f"{told}: it disagrees, and would go on."
     if advice == "continue" and fit.next_gain_high < worth:
         return False, f"{told}: it disagrees, and would stop."
     if advice == "insufficient_evidence":
         leaning = "under" if fit.next_gain_high < worth else "over" if fit.next_gain_low > worth else "around"
-        return True, f"{told}: {leaning} the {in_words(worth)} that a round is worth."
+        return True, f"{told}: {leaning} the {_decimals(worth).removeprefix('0')} that a round is worth."
     return True, f"{told}: it agrees."
 
 
