@@ -15,11 +15,12 @@ from strategies import validate_options
 from strategies.errors import StrategyError
 from worker.artifacts import round_key
 from worker.errors import HardfirstError
+from worker.reasons import reason
 from worker.services import Services
 from worker.store import get_project, loads, rounds, scores, task_annotations
+from worker.work import MEASURES
 
 RARE_SHARE = 0.5  # of the mean number of labelled boxes per class
-HIGH, LOW = 0.7, 0.3  # of a part of the utility, for words
 MANIFESTS_KEPT = 16
 
 _manifests: dict[tuple[str, int], Mapping[str, Any]] = {}
@@ -61,12 +62,15 @@ def explained(connection: Connection, own: Services, project_id: int, batch: Bat
         return batch
     manifest = manifest_of(own, published)
     strategy = str(manifest.get("strategy", ""))
-    weights = weights_of(strategy, manifest.get("options") or {})
+    options = manifest.get("options") or {}
+    weights, measure = weights_of(strategy, options), measure_of(strategy, options)
     url = own.settings.label_studio_url
     told: Mapping[int, Any] = manifest.get("tasks", {})
     minutes, each = _minutes(connection, project_id, published.id)
     labelled = loads(published.report).get("boxes_per_class") or {}
-    explained_one = partial(explain, strategy=strategy, weights=weights, project_id=project_id, url=url)
+    explained_one = partial(
+        explain, strategy=strategy, weights=weights, measure=measure, project_id=project_id, url=url
+    )
     return batch.model_copy(
         update={
             "tasks": [explained_one(one, told.get(one.task_id, {})) for one in batch.tasks],
@@ -94,6 +98,7 @@ def explain(
     told: Mapping[str, Any],
     strategy: str,
     weights: tuple[float, float] | None,
+    measure: str,
     project_id: int,
     url: str,
 ) -> BatchTask:
@@ -107,41 +112,22 @@ def explain(
         update={
             "from_uncertainty": alpha * (task.uncertainty or 0.0) if summed else None,
             "from_diversity": beta * (task.diversity or 0.0) if summed else None,
-            "reason": reason(task, strategy),
+            "reason": words_for(task, strategy, measure),
             "alike": max(int(told.get("alike") or 0), len(alike)),
             "alike_links": [AlikeTask(task_id=one, label_studio=task_url(url, project_id, one)) for one in alike],
         }
     )
 
 
-def reason(task: BatchTask, strategy: str) -> str:
+def words_for(task: BatchTask, strategy: str, measure: str) -> str:
     """Why this task, in words: what its utility is made of, and what was seen on it."""
-    if strategy == "random":
-        return "drawn at random"
-    told = [words for words in (_uncertainty_words(task, strategy), _diversity_words(task, strategy)) if words]
-    return "; ".join(told)
+    boxes = [(box.label, box.score) for box in task.boxes if box.score is not None]
+    return reason(strategy, task.uncertainty, task.diversity, boxes, measure=measure)
 
 
-def _uncertainty_words(task: BatchTask, strategy: str) -> str:
-    scored = [box for box in task.boxes if box.score is not None]
-    if strategy == "committee" and task.uncertainty is not None and task.uncertainty >= HIGH:
-        return "the committee's members disagree"
-    if scored and (task.uncertainty is None or task.uncertainty > LOW):
-        doubt = min(scored, key=lambda box: abs((box.score or 0.0) - 0.5))
-        certainty = f"{doubt.score:.2f}".lstrip("0")
-        return f"most uncertain box: {doubt.label} {certainty} against background"
-    if not task.boxes and task.uncertainty is not None and task.uncertainty > LOW:
-        return "no box is sure enough to be drawn, but something may be there"
-    return "" if task.uncertainty is None else "the detector is rather sure of it"
-
-
-def _diversity_words(task: BatchTask, strategy: str) -> str:
-    if task.diversity is None:
-        return ""
-    if task.diversity >= HIGH:
-        by_labels = strategy in ("k_center", "coverage", "hybrid_coverage")
-        return "unlike anything labelled" if by_labels else "unlike the images around it"
-    return "" if task.diversity >= LOW else "a typical image"
+def measure_of(strategy: str, options: Mapping[str, Any]) -> str:
+    """Which uncertainty a strategy looks at."""
+    return strategy if strategy in MEASURES else str(options.get("measure", MEASURES[0]))
 
 
 def class_balance(labelled: Mapping[str, Any], predicted: Mapping[str, Any]) -> list[ClassBalance]:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict
 from sqlalchemy import Connection
 
-from backend.batch_view import class_balance, explain, weights_of
+from backend.batch_view import class_balance, explain, measure_of, weights_of
 from backend.views import BatchTask, tasks_of_round
 from worker.store import get_project
 
@@ -94,12 +94,13 @@ def _tasks(
     project = get_project(connection, project_id)
     ids = [int(one["task_id"]) for one in shown]
     views = {one.task_id: one for one in tasks_of_round(connection, project, project.published_round_id, ids, url)}
-    weights = weights_of(found["strategy"], found["options"])
+    strategy, options = found["strategy"], found["options"]
+    weights, measure = weights_of(strategy, options), measure_of(strategy, options)
     made = []
     for rank, one in enumerate(shown):
         if (task := views.get(int(one["task_id"]))) is None:
             continue  # deleted in Label Studio meanwhile
         told = {name: None if task.holdout else one.get(name) for name in ("utility", "uncertainty", "diversity")}
         fresh = task.model_copy(update={"rank": rank, **told})
-        made.append(explain(fresh, one, found["strategy"], weights, project_id, url))
+        made.append(explain(fresh, one, strategy, weights, measure, project_id, url))
     return made

@@ -171,7 +171,8 @@ def _plan(
     chosen = [int(position) + first_task for position in taken[holdout_size:]]
     batches = [chosen[number * size : (number + 1) * size] for number in range(rounds)]
     batches[0] = _spread(batches[0], holdout)
-    uncertainty, diversity = rng.beta(1.6, 3.2, n), rng.beta(2.2, 2.6, n)
+    drawn = 1 - ProjectSettings().confidence  # of what is drawn, nothing is more uncertain
+    uncertainty, diversity = drawn * rng.beta(1.6, 3.2, n), rng.beta(2.2, 2.6, n)
     utility = {
         "uncertainty": uncertainty,
         "diversity": diversity,
@@ -487,6 +488,8 @@ def _write_scores(connection: Connection, plan: Plan, round_ids: Sequence[int], 
         row_of_shard = 0 if at % SHARD == 0 else row_of_shard
         regions, n_boxes = predictions[plan.picture_of(task_id)][variants[at]]
         is_broken = task_id in broken
+        if task_id in rank:
+            regions = _with_faintest(regions, 1 - parts["uncertainty"][at])
         rows.append(
             {
                 "round_id": round_ids[-1],
@@ -511,6 +514,18 @@ def _write_scores(connection: Connection, plan: Plan, round_ids: Sequence[int], 
     connection.execute(insert(scores), rows)
     for number in range(len(round_ids) - 1 if earlier else 0):
         _copy_scores(connection, round_ids[-1], round_ids[number], plan.batches[number])
+
+
+def _with_faintest(regions: str, confidence: float) -> str:
+    """The least sure box is as sure as the task's uncertainty says."""
+    found = json.loads(regions)
+    if found:
+        faintest = min(found, key=lambda region: region["score"])
+        others = [max(region["score"], confidence) for region in found]
+        for region, score in zip(found, others, strict=True):
+            region["score"] = round(score, 4)
+        faintest["score"] = round(confidence, 4)
+    return json.dumps(found)
 
 
 def _copy_scores(connection: Connection, source: int, target: int, batch: Sequence[int]) -> None:

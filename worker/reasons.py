@@ -52,7 +52,7 @@ def _uncertainty_words(
         label, confidence = min(boxes, key=lambda box: certainty(box[1], measure))
         if measure == "least_confidence" and uncertainty > 1 - confidence + CLEARLY:
             return "something fainter than the boxes that are drawn may be there"
-        return f"least sure of {label} {confidence:.2f}".replace(" 0.", " .")
+        return f"most uncertain box: {label} {confidence:.2f}".replace(" 0.", " .") + " against background"
     if uncertainty > LOW:
         return "no box is sure enough to be drawn, but something may be there"
     return "the detector is rather sure of it"

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from backend.batch_view import class_balance, reason, weights_of
+from backend.batch_view import class_balance, measure_of, weights_of, words_for
 from backend.views import BatchTask, Box
 
 DOUBT = "most uncertain box: wire"
@@ -22,9 +22,9 @@ def task(*scores: float, label: str = "wire", **values: Any) -> BatchTask:
 @pytest.mark.parametrize(
     ("strategy", "found", "words"),
     [
-        ("hybrid", task(0.9, 0.41), f"{DOUBT} .41 against background"),
-        ("hybrid", task(0.9, diversity=0.8), f"{DOUBT} .90 against background; unlike the images around it"),
-        ("coverage", task(uncertainty=None, diversity=0.8), "unlike anything labelled"),
+        ("hybrid", task(0.9, 0.41, uncertainty=0.59), f"{DOUBT} .41 against background"),
+        ("entropy", task(0.9, diversity=0.8), f"{DOUBT} .90 against background; unlike the images around it"),
+        ("coverage", task(uncertainty=None, diversity=0.8), "unlike anything labelled or chosen before"),
         ("hybrid", task(), "no box is sure enough to be drawn, but something may be there"),
         ("hybrid", task(0.9, uncertainty=0.1, diversity=0.1), "the detector is rather sure of it; a typical image"),
         ("committee", task(0.6, uncertainty=0.9), "the committee's members disagree"),
@@ -32,7 +32,16 @@ def task(*scores: float, label: str = "wire", **values: Any) -> BatchTask:
     ],
 )
 def test_why_a_task_is_in_the_batch(strategy: str, found: BatchTask, words: str) -> None:
-    assert reason(found, strategy) == words
+    assert words_for(found, strategy, measure_of(strategy, {})) == words
+
+
+def test_the_measure_says_which_box_is_the_most_uncertain() -> None:
+    """Least confidence: the faintest; margin and entropy: the one nearest to a half."""
+    assert words_for(task(0.9, 0.3, 0.52, uncertainty=0.7), "hybrid", "least_confidence").startswith(f"{DOUBT} .30")
+    assert words_for(task(0.9, 0.3, 0.52), "hybrid", measure_of("hybrid", {"measure": "entropy"})).startswith(
+        f"{DOUBT} .52"
+    )
+    assert words_for(task(0.9, 0.3, 0.52), "margin", measure_of("margin", {})).startswith(f"{DOUBT} .52")
 
 
 @pytest.mark.parametrize(

@@ -460,10 +460,12 @@ def test_the_batch_says_why_in_figures_and_in_words(client: TestClient, store: S
         connection.execute(update(task_annotations).values(lead_time=30.0))
         row = {"project_id": 7, "annotation_id": 999, "task_id": 11, "cancelled": False, "lead_time": 60.0}
         connection.execute(insert(task_annotations).values(**row))
+        unsure = json.dumps([{**json.loads(score(1, 11)["regions"])[0], "score": 0.25}])
+        connection.execute(update(scores).where(scores.c.task_id == 11).values(regions=unsure))
     batch = client.get("/api/projects/7/batch").json()
     first, second = batch["tasks"][:2]
     assert (first["from_uncertainty"], first["from_diversity"]) == (pytest.approx(0.56), pytest.approx(0.27))
-    assert first["reason"] == f"most uncertain box: {HOSTILE} .90 against background; unlike the images around it"
+    assert first["reason"] == f"most uncertain box: {HOSTILE} .25 against background; unlike the images around it"
     assert (first["alike"], [one["task_id"] for one in first["alike_links"]]) == (2, [19, 20])
     assert (second["alike"], second["alike_links"]) == (0, [])
     assert [(one["name"], one["labelled"], one["predicted"], one["rare"]) for one in batch["balance"]] == [

@@ -91,7 +91,7 @@ def fill(store: Store, artifacts: Artifacts) -> None:
     np.save(embeddings, np.eye(20, 32, dtype=np.float32))
     artifacts.put("p7/r000001/embeddings-00000.npy", embeddings.getvalue())
     shown = [{"rank": i - 5, "task_id": i, "utility": 0.9, "alike": 1, "alike_task_ids": [9]} for i in range(5, 9)]
-    manifest = {"strategy": "hybrid", "options": {}, "notes": [HOSTILE], "tasks": shown, "classes": {HOSTILE: 4}}
+    manifest = {"strategy": "hybrid", "options": {"measure": "entropy"}, "notes": [HOSTILE], "tasks": shown, "classes": {HOSTILE: 4}}
     artifacts.put("p7/r000001/manifest.json", json.dumps(manifest).encode())
     suspect = {"task_id": 1, "kind": "class", "labelled": "bolt", "seen": HOSTILE, "suspicion": 0.9}
     suspect |= {"box_percent": [10, 10, 20, 20], "annotation_id": 1, "width": 64, "height": 48, "holdout": False}

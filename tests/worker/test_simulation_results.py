@@ -10,6 +10,7 @@ import pytest
 from worker.evaluation import EvaluationArrays
 from worker.simulation_report import batch_table, draw, headline, render
 from worker.simulation_results import (
+    _samples,
     area,
     compare,
     curve,
@@ -147,6 +148,22 @@ def test_the_comparison_finds_its_baseline_and_its_noise() -> None:
     assert (comparison["baseline"], comparison["noise_arm"]) == ("random", "random@2")
     assert comparison["areas"]["hybrid"]["difference"] == pytest.approx((0.065 + 0.115) / 2)
     assert comparison["areas"]["random@2"]["difference"] == pytest.approx(0.005)
+
+
+def test_samples_of_the_holdout_are_paired_over_all_rounds() -> None:
+    def seen(key: str) -> EvaluationArrays:
+        """Four images with a box each; the first are found: one of them by random, three by hybrid."""
+        found = 1 if key.startswith("random") else 3
+        return EvaluationArrays(
+            keys=np.arange(4), tp=np.ones((found, 10), bool), conf=np.full(found, 0.9, np.float32),
+            pred_cls=np.zeros(found, np.int64), pred_img=np.arange(found), target_cls=np.zeros(4, np.int64),
+            target_img=np.arange(4),
+        )  # fmt: skip
+
+    samples = _samples(results({"random": [[0.2, 0.3]], "hybrid": [[0.2, 0.6]]}), seen)
+    assert set(samples) == {"random-0", "random-1", "hybrid-0", "hybrid-1"}
+    assert samples["random-0"].tolist() == samples["random-1"].tolist()
+    assert (samples["hybrid-1"] >= samples["random-1"] - 1e-12).all()  # on other holdouts they could cross
 
 
 def test_the_headline_claims_no_more_than_two_seeds_allow() -> None:
