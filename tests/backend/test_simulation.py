@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -87,6 +88,17 @@ def test_interrupted_it_stops_at_once_and_says_how_to_go_on(dataset: Path, tmp_p
     assert process.returncode == 130, said
     assert "the same command goes on from there" in " ".join(said.split())
     assert "Traceback" not in said
-    with pytest.raises(ProcessLookupError):
-        os.killpg(process.pid, 0)  # nobody is left
+    assert _is_gone(process.pid), "a process was left running"
     assert not (tmp_path / "work").exists()
+
+
+def _is_gone(group: int, seconds: float = 20.0) -> bool:
+    """Whether the last process of a group ends: multiprocessing's helpers do so a moment after the one they served."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        try:
+            os.killpg(group, 0)
+        except ProcessLookupError:
+            return True
+        time.sleep(0.1)
+    return False
