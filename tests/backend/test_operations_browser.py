@@ -18,8 +18,9 @@ import uvicorn
 from PIL import Image
 from sqlalchemy import insert, select, update
 
+from backend import suspects_view
 from backend.app import create_app
-from worker.artifacts import Artifacts
+from worker.artifacts import Artifacts, round_key
 from worker.preview import make_preview
 from worker.services import Services
 from worker.settings import Settings
@@ -91,7 +92,8 @@ def fill(store: Store, artifacts: Artifacts) -> None:
     np.save(embeddings, np.eye(20, 32, dtype=np.float32))
     artifacts.put("p7/r000001/embeddings-00000.npy", embeddings.getvalue())
     shown = [{"rank": i - 5, "task_id": i, "utility": 0.9, "alike": 1, "alike_task_ids": [9]} for i in range(5, 9)]
-    manifest = {"strategy": "hybrid", "options": {"measure": "entropy"}, "notes": [HOSTILE], "tasks": shown, "classes": {HOSTILE: 4}}
+    manifest = {"strategy": "hybrid", "options": {"measure": "entropy"}, "notes": [HOSTILE], "tasks": shown}
+    manifest |= {"classes": {HOSTILE: 4}}
     artifacts.put("p7/r000001/manifest.json", json.dumps(manifest).encode())
     suspect = {"task_id": 1, "kind": "class", "labelled": "bolt", "seen": HOSTILE, "suspicion": 0.9}
     suspect |= {"box_percent": [10, 10, 20, 20], "annotation_id": 1, "width": 64, "height": 48, "holdout": False}
@@ -248,3 +250,36 @@ def test_the_batch_and_the_suspects_show_names_as_they_are(page: Any) -> None:
     assert f"seen as {HOSTILE} .90" in page.locator("#suspects").inner_text()
     press_on(page, "#batch .alike summary")
     assert page.locator("#batch .alike a").first.inner_text() == "9"
+
+
+def test_looking_again_shows_what_was_found_where_the_keyboard_stays(
+    page: Any, site: tuple[str, Store], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(suspects_view, "KEPT_SECONDS", 0.0)
+    press_on(page, "[data-act=suspects]")
+    page.wait_for_selector("#suspects-said:has-text('compared again')")
+    artifacts = Artifacts(Settings(_env_file=None, data_dir=tmp_path).artifacts_root, tmp_path / "cache")
+    found = {"made_at": 2.0, "images": 4321, "counts": {"missing": 0, "class": 0, "extra": 0}, "suspects": []}
+    artifacts.put(round_key(7, 1, "suspects.json"), json.dumps(found).encode())
+    page.wait_for_selector("#suspects:has-text('4\u2009321 labelled images')", timeout=15_000)
+    assert page.evaluate("document.activeElement.dataset.act") == "suspects"
+
+
+def test_what_went_wrong_is_said_beside_the_button(page: Any, site: tuple[str, Store], redis_url: str) -> None:
+    press_on(page, "#preview summary")
+    press_on(page, "#try-batch_size")
+    page.wait_for_selector("#previewed h3", timeout=15_000)
+    with redis.Redis.from_url(redis_url) as connection:
+        connection.delete(*connection.keys("hf:preview:7:*"))
+    press_on(page, "[data-act=publish-preview]")
+    page.wait_for_selector("#preview [data-said]:has-text('make it again')")
+
+
+def test_a_setting_that_has_no_field_is_said_in_words(page: Any, site: tuple[str, Store]) -> None:
+    with site[1].write() as connection:
+        connection.execute(update(projects).values(extra_params='{"batchsize": 4}'))
+    page.reload()
+    press_on(page, "#settings summary")
+    page.locator("#set-batch_size").fill("3")
+    press_on(page, "#set-batch_size")
+    page.wait_for_selector("#settings-said:has-text('batchsize: unknown setting')")
