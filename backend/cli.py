@@ -47,6 +47,23 @@ def up(
 
 
 @app.command()
+def doctor(
+    fix: Annotated[bool, typer.Option("--fix", help="Put right what can be put right safely.")] = False,
+    project: Annotated[
+        list[int] | None, typer.Option(help="Label Studio's id of a project, repeatable. Default: all connected.")
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Do not load torch: no device, weights and classes.")] = False,
+    json_: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    data: Annotated[Path | None, typer.Option(help="Data folder. Default: HARDFIRST_DATA_DIR.")] = None,
+) -> None:
+    """Check everything, in order, each failure with its fix. Exit code 1 when something failed."""
+    from backend import doctor_command
+
+    settings = load_settings(**_given(data_dir=data))
+    raise typer.Exit(doctor_command.run(settings, project or [], fix=fix, quick=quick, as_json=json_))
+
+
+@app.command()
 def demo(
     exit_: Annotated[bool, typer.Option("--exit", help="Stop everything at the end and print one JSON line.")] = False,
     data: Annotated[

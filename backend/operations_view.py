@@ -7,10 +7,9 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 from sqlalchemy import Connection, Row, func, select
 
-from worker.crew import Crew, FailedJob, WorkerSeen
+from worker.crew import LOST_AFTER, Crew, FailedJob, WorkerSeen
 from worker.store import get_project, latest_round, rounds, steps
 
-LOST_AFTER = 120.0  # seconds without a sign of life; an idle worker gives one every 30
 MAX_FAILED_STEPS = 20
 
 STEP_WORDS = {
@@ -144,7 +143,7 @@ def _problem(queues: list[QueueView]) -> str:
     if not idle:
         return ""
     if len(idle) == len(queues):
-        return "No worker is known: start them with `hardfirst up`, or `python -m worker.queue`. Rounds wait for them."
+        return "No worker is known: start them with hardfirst up, or with hardfirst worker. Rounds wait for them."
     return f"No worker takes {' and '.join(idle)}: start one for it, or work of that kind waits."
 
 

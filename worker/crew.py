@@ -13,7 +13,7 @@ from datetime import datetime
 from typing import Any
 
 from redis import Redis
-from rq.exceptions import InvalidJobOperation, NoSuchJobError
+from rq.exceptions import DeserializationError, InvalidJobOperation, NoSuchJobError
 from rq.job import JobStatus
 from rq.registry import FailedJobRegistry
 
@@ -24,6 +24,7 @@ MAX_WORKERS = 200
 MAX_FAILED = 20  # of each queue
 MAX_TEXT = 300
 WORKERS_KEY = "rq:workers"
+LOST_AFTER = 120.0  # seconds without a sign of life; an idle worker gives one every 30
 _FIELDS = (
     "hostname",
     "pid",
@@ -35,6 +36,8 @@ _FIELDS = (
     "successful_job_count",
     "failed_job_count",
 )
+
+_UNREADABLE = (NoSuchJobError, DeserializationError, ValueError, KeyError, TypeError)
 
 
 @dataclass(frozen=True)
@@ -157,7 +160,7 @@ def _failed_job(conn: Redis, queue_name: str, job_id: str, ended_at: bytes | Non
         latest = job.latest_result()
         lines = [line for line in str((latest and latest.exc_string) or "").splitlines() if line.strip()]
         error = lines[-1].strip().removeprefix("worker.errors.")[:MAX_TEXT] if lines else error
-    except (NoSuchJobError, ValueError, KeyError, TypeError) as broken:  # not written by us: said, not hidden
+    except _UNREADABLE as broken:  # not written by us: said, not hidden
         error = f"its record cannot be read ({type(broken).__name__})"
     return FailedJob(job_id[:MAX_TEXT], queue_name, function, error, _moment(_text(ended_at)))
 
@@ -180,6 +183,8 @@ def retry_job(conn: Redis, job_id: str) -> None:
             if job.get_status(refresh=False) != JobStatus.FAILED:
                 raise Conflict(f"job {job_id[:80]} did not fail: it is {job.get_status(refresh=False)}")
             job.requeue()
+        except DeserializationError as broken:
+            raise Conflict(f"job {job_id[:80]} cannot be read: it is none of hardfirst's") from broken
         except (NoSuchJobError, InvalidJobOperation) as gone:
             raise NotFound(f"there is no failed job {job_id[:80]!r} any more") from gone
 

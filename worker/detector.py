@@ -121,6 +121,20 @@ def pick_device(device: str = "") -> torch.device:
     return chosen
 
 
+def device_words(device: torch.device) -> str:
+    """For people: the device's name and memory, or how many threads a CPU has and whether torch sees a GPU."""
+    import torch
+
+    if device.type == "cuda":
+        known = torch.cuda.get_device_properties(device)
+        return f"{device} ({known.name}, {known.total_memory / 1e9:.0f} GB)"
+    if device.type == "mps":
+        return "mps (this machine's Apple GPU)"
+    n_gpus = torch.cuda.device_count()
+    seen = "torch sees no GPU" if not n_gpus else f"torch sees {n_gpus} GPU{'s' if n_gpus > 1 else ''} besides"
+    return f"cpu ({torch.get_num_threads()} threads; {seen})"
+
+
 # --- weights --------------------------------------------------------------------------------------------------------
 
 
@@ -173,6 +187,11 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def may_download() -> bool:
+    """False: the admin has set YOLO_OFFLINE. To be asked after `prepare_ultralytics`."""
+    return os.environ.get(_MAY_DOWNLOAD) != "False"
+
+
 def is_published_name(weights: str) -> bool:
     """Is it, by its file name, one of the detectors that ultralytics publishes (and so not somebody's own)?"""
     load_ultralytics()
@@ -221,7 +240,7 @@ def _published(name: str, cache: Path) -> Path:
     file = cache / name
     if file.is_file():
         return file.resolve()
-    if os.environ.get(_MAY_DOWNLOAD) == "False":
+    if not may_download():
         raise _NotDownloaded("YOLO_OFFLINE forbids to download it")
     try:
         _download(f"{ASSETS_URL}/{name}", file)

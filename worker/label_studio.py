@@ -123,6 +123,23 @@ class LabelStudio:
             ) from error
         return _checked(response, method, path)
 
+    def server_version(self) -> str:
+        """Which Label Studio answers, asked without a token; empty where it does not say."""
+        try:
+            response = self._http.get("/api/version/")
+        except httpx.HTTPError as error:
+            raise LabelStudioUnavailable(
+                f"Label Studio at {self.url} does not answer: {str(error) or type(error).__name__}"
+            ) from error
+        if response.status_code == 404:
+            raise LabelStudioUnavailable(f"what answers at {self.url} is not Label Studio (404 for /api/version/)")
+        found = _checked(response, "GET", "/api/version/")
+        return str(found.get("release") or "") if isinstance(found, dict) else ""
+
+    def whoami(self) -> dict[str, Any]:
+        """The token's user: id, email, active_organization and more."""
+        return dict(self._request("GET", "/api/current-user/whoami"))
+
     def project(self, project_id: int) -> dict[str, Any]:
         return dict(self._request("GET", f"/api/projects/{project_id}/"))
 
@@ -151,6 +168,21 @@ class LabelStudio:
             if len(found) < PAGE:
                 return
             page += 1
+
+    def task(self, task_id: int) -> dict[str, Any]:
+        """One task with all its predictions and annotations. Looking at it locks and assigns nothing."""
+        return dict(self._request("GET", f"/api/tasks/{task_id}/"))
+
+    def first_tasks(self, project_id: int, version: str, count: int) -> list[dict[str, Any]]:
+        """Up to `count` unlabelled tasks of a version with their predictions, as the Data Manager orders them.
+
+        It orders by a task's average over all its predictions. Looking at it locks and assigns nothing.
+        """
+        filters = {"conjunction": "and", "items": [_has_version(version), _IS_UNLABELLED]}
+        query = json.dumps({"filters": filters, "ordering": ["tasks:predictions_score"]})
+        params = {"project": project_id, "fields": "all", "page_size": count, "page": 1, "query": query}
+        body = self._request("GET", "/api/tasks", params=params, timeout=SLOW)
+        return list(body["tasks"] if isinstance(body, dict) else body)
 
     def export(self, project_id: int) -> list[dict[str, Any]]:
         """All annotated tasks as Label Studio's JSON export gives them, skips included."""
@@ -206,9 +238,16 @@ class LabelStudio:
         return int(ours["id"])
 
     def find_webhook(self, project_id: int, webhook_url: str) -> dict[str, Any] | None:
+        return next(iter(self.webhooks_to(project_id, webhook_url)), None)
+
+    def webhooks_to(self, project_id: int, webhook_url: str) -> list[dict[str, Any]]:
+        """The project's webhooks with this address, as Label Studio lists them. They hold headers: not for logs."""
         found = self._request("GET", "/api/webhooks/", params={"project": project_id})
         wanted = _address(webhook_url)
-        return next((dict(hook) for hook in found if _address(hook.get("url", "")) == wanted), None)
+        return [dict(hook) for hook in found if _address(hook.get("url", "")) == wanted]
+
+    def delete_webhook(self, webhook_id: int) -> None:
+        self._request("DELETE", f"/api/webhooks/{webhook_id}/")
 
     def own_backend(self, project_id: int, backend_url: str) -> dict[str, Any]:
         """The project's entry for this backend, with its extra_params. Label Studio calls /health and /setup for it.
@@ -289,6 +328,18 @@ _HAS_ANNOTATIONS = {
 }
 
 
+_IS_UNLABELLED = {"filter": "filter:tasks:total_annotations", "operator": "equal", "type": "Number", "value": 0}
+
+
+def _has_version(version: str) -> dict[str, Any]:
+    return {
+        "filter": "filter:tasks:predictions_model_versions",
+        "operator": "contains",
+        "type": "List",
+        "value": [version],  # a plain string would match every task
+    }
+
+
 def _view(version: str) -> dict[str, Any]:
     return {
         "title": VIEW_TITLE,
@@ -298,19 +349,14 @@ def _view(version: str) -> dict[str, Any]:
         "filters": {
             "conjunction": "and",
             "items": [
-                {
-                    "filter": "filter:tasks:predictions_model_versions",
-                    "operator": "contains",
-                    "type": "List",
-                    "value": [version],  # a plain string would match every task
-                },
+                _has_version(version),
                 {
                     "filter": "filter:tasks:predictions_score",
                     "operator": "less",
                     "type": "Number",
                     "value": 0.5,  # the batch lies below: see published_score
                 },
-                {"filter": "filter:tasks:total_annotations", "operator": "equal", "type": "Number", "value": 0},
+                _IS_UNLABELLED,
             ],
         },
     }

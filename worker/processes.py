@@ -124,7 +124,17 @@ def valkey_command(folder: Path, max_memory: str = "256mb") -> ValkeyCommand:
     argv = [valkey_binary()]
     for name, value in options.items():
         argv += [f"--{name}", value]
-    return ValkeyCommand(argv, f"unix://{quote(str(socket_path))}")
+    return ValkeyCommand(argv, _socket_url(socket_path))
+
+
+def embedded_valkey(folder: Path) -> str | None:
+    """URL of the Valkey that `hardfirst up` runs in this data folder; None: there is no socket, so it does not run."""
+    socket_path = _socket_path(folder)
+    return _socket_url(socket_path) if socket_path.is_socket() else None
+
+
+def _socket_url(socket_path: Path) -> str:
+    return f"unix://{quote(str(socket_path))}"
 
 
 def valkey_binary() -> str:
