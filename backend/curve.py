@@ -14,7 +14,6 @@ from backend.ml_api import Own
 from worker import rounds
 from worker.services import Services
 from worker.store import get_project
-from worker.verdict import power_of
 
 router = APIRouter(tags=["measuring"])
 
@@ -89,7 +88,7 @@ def show_holdout(project_id: ProjectId, own: Own) -> HoldoutView:
     """The holdout and the smallest gain it can see, also before the first round."""
     with own.store.read() as connection:
         get_project(connection, project_id)
-        return curve_view.holdout_view(power_of(connection, project_id))
+        return curve_view.holdout_now(connection, project_id)
 
 
 @router.post("/api/projects/{project_id}/holdout", responses=ERRORS)
@@ -101,7 +100,7 @@ def ask_for_holdout(project_id: ProjectId, body: MoreHoldout, own: Own) -> Holdo
             rounds.ask_for_holdout(connection, project_id, body.images)
         else:
             rounds.withdraw_holdout(connection, project_id)
-        return curve_view.holdout_view(power_of(connection, project_id))
+        return curve_view.holdout_now(connection, project_id)
 
 
 @router.post("/api/projects/{project_id}/warnings", responses=ERRORS)

@@ -210,7 +210,7 @@ def measuring_view(connection: Connection, project_id: int) -> MeasuringView:
     classes = class_trends(connection, project_id, [row.number for row in rows])
     return MeasuringView(
         verdict=verdict_card(connection, project_id, rows),
-        holdout=holdout_view(measuring.power_of(connection, project_id)),
+        holdout=holdout_now(connection, project_id),
         curve=curve_view(rows),
         returns=found,
         money=money_view(connection, project_id),
@@ -328,6 +328,18 @@ def acknowledge(connection: Connection, project_id: int, key: str, who: str) -> 
 
 
 # --- the holdout -----------------------------------------------------------------------------------------------------
+
+
+def holdout_now(connection: Connection, project_id: int) -> HoldoutView:
+    """
+    Raises:
+        NotFound: the project is not connected.
+    """
+    project = get_project(connection, project_id)
+    found = holdout_view(measuring.power_of(connection, project_id))
+    if found.size == 0 and project.published_round_id is None:
+        return found.model_copy(update={"sentence": "The holdout is drawn with the first batch."})
+    return found
 
 
 def holdout_view(power: Power) -> HoldoutView:

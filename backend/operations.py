@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import chain
 from typing import Annotated, Any
 
@@ -23,14 +24,17 @@ from backend.suspects_view import SuspectsView, look_for_suspects, suspects_of
 from backend.views import RoundView
 from worker import crew, preview, queue, rounds
 from worker.downloads import dataset_parts, dataset_zip
-from worker.errors import Conflict, DatasetUnusable, HardfirstError, LabelStudioRefused, NotFound
+from worker.errors import Conflict, DatasetUnusable, HardfirstError, LabelStudioRefused, NotFound, SettingsInvalid
 from worker.services import Services
 from worker.settings import ProjectSettings, parse_project_settings
 from worker.store import get_project, open_round_of
 from worker.store import rounds as round_rows
 
 PACKING = threading.BoundedSemaphore(2)  # datasets at once: each keeps a thread and Label Studio busy
+_saving: set[int] = set()  # projects whose settings Label Studio is being told
+_saving_lock = threading.Lock()
 RoundNumber = Annotated[int, Path(ge=0, le=MAX_ID)]
+JobId = Annotated[str, Path(max_length=200, pattern="^[A-Za-z0-9_-]+$")]  # all that RQ takes for one
 CHANGING: dict[int | str, dict[str, Any]] = {**ERRORS, 409: {"model": Problem}}
 
 
@@ -109,7 +113,7 @@ def retry_purges(project_id: ProjectId, own: Own) -> Said:
 
 
 @router.post("/api/jobs/{job_id}/retry", responses=CHANGING)
-def retry_job(job_id: Annotated[str, Path(max_length=200)], own: Own) -> Said:
+def retry_job(job_id: JobId, own: Own) -> Said:
     """Put a failed job that is no step of a round back on its queue."""
     crew.retry_job(own.redis, job_id)
     return Said(detail="It is on its queue again.")
@@ -164,13 +168,33 @@ def change_settings(
     )
     if wrong:
         return _invalid(wrong)
-    _write_through(own, project_id, project.backend_url, body.values, who(request, own))
+    with _saving_alone(project_id):
+        _write_through(own, project_id, project.backend_url, body.values, who(request, own))
     return show_settings(project_id, own)
 
 
 def _invalid(wrong: dict[str, str]) -> JSONResponse:
     detail = "; ".join(f"{name}: {sentence}" for name, sentence in wrong.items())
     return JSONResponse({"error": "SettingsInvalid", "detail": detail, "fields": wrong}, 422)
+
+
+@contextmanager
+def _saving_alone(project_id: int) -> Iterator[None]:
+    """Label Studio takes all settings at once: of two changes at the same time the later would undo the other. Nobody
+    waits here, since Label Studio's call to our /setup needs a thread, too.
+
+    Raises:
+        Conflict: settings of this project are being saved.
+    """
+    with _saving_lock:
+        if project_id in _saving:
+            raise Conflict(f"other settings of project {project_id} are being saved; look at them and try again")
+        _saving.add(project_id)
+    try:
+        yield
+    finally:
+        with _saving_lock:
+            _saving.discard(project_id)
 
 
 def _write_through(own: Services, project_id: int, backend_url: str, change: dict[str, Any], by: str) -> None:
@@ -182,19 +206,28 @@ def _write_through(own: Services, project_id: int, backend_url: str, change: dic
         Conflict: Label Studio refused. Ours are as they were.
     """
     backend = own.label_studio.own_backend(project_id, backend_url)
-    before = parse_project_settings(backend.get("extra_params"))
-    after = parse_project_settings(settings_view.changed_settings(settings_view.said(before), change))
+    stored = backend.get("extra_params")
+    after = parse_project_settings(settings_view.changed_settings(settings_view.as_values(stored), change))
     with own.store.write() as connection:
         rounds.ask_settings(connection, project_id, after, by)
     login = (own.settings.user, own.settings.password.get_secret_value())
     try:
         own.label_studio.save_extra_params(backend, settings_view.said(after), *login)
     except HardfirstError as error:
-        _keep(own, project_id, before, "hardfirst, as Label Studio did not take them")
+        _take_back(own, project_id, stored)
         if isinstance(error, LabelStudioRefused):
             raise Conflict(f"Label Studio did not take the settings, so nothing was changed. {error}") from error
         raise
     _keep(own, project_id, after, by)
+
+
+def _take_back(own: Services, project_id: int, stored: object) -> None:
+    """Our /setup may have taken what Label Studio then refused: ours are again as Label Studio has them."""
+    try:
+        _keep(own, project_id, parse_project_settings(stored), "hardfirst, as Label Studio did not take them")
+    except SettingsInvalid:  # of another version: they were never ours
+        with own.store.write() as connection:
+            rounds.ask_settings(connection, project_id, None)
 
 
 def _keep(own: Services, project_id: int, settings: ProjectSettings, by: str) -> None:
@@ -239,7 +272,8 @@ def make_preview(project_id: ProjectId, body: PreviewRequest, own: Own) -> Previ
     preview_id = preview.new_preview_id(settings)
     preview.keep(own.redis, project_id, preview_id, {"state": "waiting", "settings": settings_view.said(settings)})
     job = ("worker.jobs.preview", (project_id, preview_id), f"preview-{preview_id}")
-    queue.enqueue_unique(own.redis, queue.CONTROL, *job, timeout=preview.TIMEOUT)
+    # the control worker may be at another project's publishing for minutes: the job waits as long as the page does
+    queue.enqueue_unique(own.redis, queue.CONTROL, *job, timeout=preview.TIMEOUT, ttl=preview.KEPT_SECONDS)
     return show_preview(project_id, preview_id, own)
 
 

@@ -7,6 +7,7 @@ batch, settings. Charts are SVG, thumbnails are data: URIs, and its own content 
 from __future__ import annotations
 
 import base64
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -31,6 +32,7 @@ from worker.store import tasks
 THUMBNAILS = 24  # about 15 kB each
 THUMBNAIL_SECONDS = 10.0  # for all that are not at hand
 AT_ONCE = 4
+DRAWING = threading.BoundedSemaphore(AT_ONCE)  # of all reports: a large image takes hundreds of MB for a moment
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 760, 300, 52, 20, 14, 40  # of the chart, and its margins
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 
@@ -129,7 +131,7 @@ def _pictures(own: Services, project_id: int, shown: Sequence[BatchTask], images
         for task_id, job in jobs.items():
             try:
                 content = job.result(max(deadline - time.monotonic(), 0.0))
-            except (HardfirstError, TookTooLong):
+            except (HardfirstError, OSError, TookTooLong):  # OSError: no room for it, or somebody emptied the cache
                 continue  # the report has a box that says so
             found[task_id] = "data:image/jpeg;base64," + base64.b64encode(content).decode()
     return found
@@ -148,7 +150,8 @@ def _hands() -> Iterator[ThreadPoolExecutor]:
 def _thumbnail(own: Services, project_id: int, task_id: int, image: str) -> bytes:
     path = thumbnail_path(own, project_id, task_id, image)
     if not path.is_file():
-        make_thumbnail(own, task_id, image, path)
+        with DRAWING:
+            make_thumbnail(own, task_id, image, path)
     return path.read_bytes()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -17,6 +18,7 @@ from worker.settings import ProjectSettings, parse_project_settings
 from worker.store import events, get_project
 
 MAX_CHANGES = 12
+MAX_SENTENCE = 400  # characters of what is wrong with a field; it may quote what was sent
 GROUPS: Mapping[str, tuple[str, ...]] = {
     "The batch": (
         *("strategy", "strategy_options", "batch_size", "near_duplicate_threshold", "confidence", "class_weights"),
@@ -170,11 +172,17 @@ def strategy_views() -> list[StrategyView]:
     return [
         StrategyView(
             name=name,
-            description=(function.__doc__ or "").strip().partition("\n")[0],
+            description=_first_sentence(function.__doc__ or ""),
             options=[_option(one) for one in OPTIONS[name]],
         )
         for name, function in STRATEGIES.items()
     ]
+
+
+def _first_sentence(docstring: str) -> str:
+    """What admins read of a strategy; what follows is for those who read its code."""
+    line = re.sub(r"; see `[^`]*`", "", docstring.strip().partition("\n")[0])
+    return re.split(r"(?<=\.)\s+(?=[A-Za-z])", line)[0].replace("`", "")
 
 
 def _option(one: Option) -> OptionView:
@@ -207,6 +215,14 @@ def changed_settings(now: Mapping[str, Any], change: Mapping[str, Any]) -> dict[
 
 def field_problems(values: Mapping[str, Any], changed: Mapping[str, Any]) -> dict[str, str]:
     """What is wrong with these settings, in a sentence for each field; empty: nothing is."""
+    return {name: _short(sentence) for name, sentence in _problems(values, changed).items()}
+
+
+def _short(sentence: str) -> str:
+    return sentence if len(sentence) <= MAX_SENTENCE else sentence[: MAX_SENTENCE - 1] + "…"
+
+
+def _problems(values: Mapping[str, Any], changed: Mapping[str, Any]) -> dict[str, str]:
     unknown = [name for name in values if name not in ProjectSettings.model_fields]
     if unknown:
         return {name: _unknown(name) for name in unknown}
@@ -253,8 +269,17 @@ def _meant(message: str, changed: Mapping[str, Any]) -> str:
 
 def stored_settings(project: Row[Any]) -> dict[str, Any]:
     """What the project says, as it was stored."""
-    found = json.loads(project.extra_params or "{}")
-    return found if isinstance(found, dict) else {}
+    return as_values(project.extra_params)
+
+
+def as_values(extra_params: object) -> dict[str, Any]:
+    """extra_params as they came, a JSON object or a string holding one, by name and not validated; else nothing."""
+    if isinstance(extra_params, str):
+        try:
+            extra_params = json.loads(extra_params)
+        except (ValueError, RecursionError):
+            return {}  # a change replaces what nobody can read
+    return dict(extra_params) if isinstance(extra_params, dict) else {}
 
 
 def said(settings: ProjectSettings) -> dict[str, Any]:

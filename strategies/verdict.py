@@ -32,6 +32,7 @@ _Z = 1.6449  # normal quantile of LEVEL
 _ROUNDS_USED = 2
 _PRIOR_TRAININGS = 4.0  # repeated trainings that TRAINING_SD counts for when some were seen
 _NAMES_SHOWN = 8
+_COARSE = 0.0195  # mAP from which two digits are enough
 # What real detections gave (README of the benchmarks): the variance of an AP50 is .5 p(1-p)/boxes, and the rounds of
 # one holdout correlate at .55 or more.
 _SPREAD = 0.5
@@ -246,7 +247,7 @@ def power_sentence(holdout_images: int, visible: float, more: More) -> str:
         return "There is no holdout: nothing can be measured."
     images = f"{holdout_images} holdout image{'s' * (holdout_images != 1)}"
     then = more.smallest_visible_gain
-    alike = more.images > 0 and in_words(visible) == in_words(then)
+    alike = more.images > 0 and (in_words(visible) == in_words(then) or then < _COARSE <= visible)
     now_words, then_words = (f"{one:.3f}".removeprefix("0") if alike else in_words(one) for one in (visible, then))
     told = f"With {images} gains under {now_words} a round cannot be told from luck"
     return f"{told}; label {more.images} more to see {then_words}." if more.images else f"{told}."
@@ -332,7 +333,8 @@ def class_warnings(classes: Sequence[ClassCurve], worth_gain: float = WORTH_GAIN
         )
     rising = [one.name for one in classes if still_rises(one, worth_gain)]
     if rising:
-        found.append(f"AP still rises: {_listed(rising)}. The mean over all classes hides it.")
+        hidden = " The mean over all classes hides it." if len(classes) > 1 else ""
+        found.append(f"AP still rises: {_listed(rising)}.{hidden}")
     return tuple(found)
 
 
@@ -354,7 +356,7 @@ def plateau(one: ClassCurve, worth_gain: float = WORTH_GAIN, rounds: int = 3) ->
 
 def in_words(value: float) -> str:
     """A share of mAP as people write it: .06, .013, .004, -.02. Below .02 a hundredth is too coarse."""
-    text = f"{abs(value):.2f}" if abs(value) >= 0.0195 else _decimals(value)
+    text = f"{abs(value):.2f}" if abs(value) >= _COARSE else _decimals(value)
     sign = "-" if value < 0 and float(text) else ""
     return sign + text.removeprefix("0") if float(text) else "0"
 

@@ -127,7 +127,8 @@ def remeasure_if_changed(own: Services, project_id: int) -> bool:
     with own.store.read() as connection:
         project = get_project(connection, project_id)
         measured = {row.id for row in measured_rounds(connection, project_id)}
-        is_same = holdout_fingerprint(connection, project_id) == project.holdout_measured
+        fingerprint = holdout_fingerprint(connection, project_id)  # what comes during the export is measured next time
+        is_same = fingerprint == project.holdout_measured
         busy = open_round_of(connection, project_id)
     soon = time.time() - (project.remeasured_at or 0.0) < REMEASURE_EVERY
     if is_same or soon or not measured or (busy is not None and busy.state == "training"):
@@ -135,7 +136,6 @@ def remeasure_if_changed(own: Services, project_id: int) -> bool:
     label_map = LabelMap.from_config(project.label_config)
     truths = truths_of(own, project_id, label_map)
     with own.store.read() as connection:
-        fingerprint = holdout_fingerprint(connection, project_id)  # of the export: it brought the store up to date
         held = {task_id for task_id, is_held in rounds.holdout_of(connection, project_id).items() if is_held}
     detections, note = earlier_detections(own, project_id, label_map.labels)
     if note:
@@ -176,7 +176,9 @@ def grow_holdout(
     drawn = draw_more(scored, drawable, trained, wanted, work.settings.near_duplicate_threshold, rng)
     work.lease.hold()
     with store.write() as connection:
-        grown = rounds.grow_holdout(connection, project_id, drawn.task_ids, drawn.twins)
+        grown = rounds.grow_holdout(connection, project_id, drawn.task_ids, wanted, drawn.twins)
+    if grown is None:
+        return dict(held), None
     return {**held, **dict.fromkeys(grown, True)}, drawn.notes
 
 

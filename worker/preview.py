@@ -88,6 +88,10 @@ def make_preview(own: Services, project_id: int, preview_id: str) -> None:
         result = {"state": "failed", "detail": str(error)}
     except ValueError as error:  # a strategy that cannot work with these scores says what it lacks
         result = {"state": "failed", "detail": str(error)}
+    except Exception as error:  # the page must not wait for it; RQ logs it
+        failed = {"state": "failed", "detail": f"{type(error).__name__}: {str(error)[:300]}"}
+        keep(own.redis, project_id, preview_id, {"settings": asked.get("settings"), **failed})
+        raise
     keep(own.redis, project_id, preview_id, {"settings": asked.get("settings"), **result})
 
 

@@ -6,7 +6,7 @@ is served, and the one before it (for a batch chosen anew): everything.
 
 from __future__ import annotations
 
-from sqlalchemy import delete, select
+from sqlalchemy import delete, select, update
 
 from worker.artifacts import round_key
 from worker.services import Services
@@ -21,8 +21,10 @@ def prune(own: Services, project_id: int) -> int:
     """Take the rest away; how many rows of scores went. May be killed anywhere and run again."""
     gone = 0
     for round_id, number in _old_rounds(own, project_id):
-        gone += _delete_scores(own, round_id)
+        with own.store.write() as connection:  # no later round looks here for scores
+            connection.execute(update(round_rows).where(round_rows.c.id == round_id).values(scored_as=None))
         own.artifacts.delete_like(round_key(project_id, number, "embeddings-*.npy"))
+        gone += _delete_scores(own, round_id)  # last: by its rows a round is known as one to take from
     return gone
 
 

@@ -62,9 +62,10 @@ def train_and_measure(work: Work) -> None:
     prepare_ultralytics(own.ultralytics_dir)
     work.progress("preparing")
     _remove_other_folders(work)
+    with own.store.read() as connection:
+        fingerprint = holdout_fingerprint(connection, work.project.id)  # before: what comes meanwhile measures again
     truths = _truths(work)
     with own.store.read() as connection:
-        fingerprint = holdout_fingerprint(connection, work.project.id)
         barred = rounds.not_for_training(connection, work.project.id)
         holdout = sorted(task_id for task_id, held in rounds.holdout_of(connection, work.project.id).items() if held)
     dataset = _dataset(work, [truth for truth in truths if truth.task_id not in barred])
@@ -91,6 +92,7 @@ def train_and_measure(work: Work) -> None:
     def then(connection: Connection) -> None:
         this = update(round_rows).where(round_rows.c.id == work.round.id)
         connection.execute(this.values(**values, **weights, embedder="the round's detector"))
+        rounds.lock_project(connection, work.project.id)  # as who measures again does, before it writes the same rows
         write_curve(connection, work.project.id, measured, _settings_now(connection, work), this=work.round.id)
         remember_measured(connection, work.project.id, fingerprint)
         members = range(1, work.settings.committee_size)

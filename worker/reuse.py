@@ -88,24 +88,31 @@ def known_scores(work: Work, key: str, images: Sequence[tuple[int, str]]) -> lis
     Broken images are not among them: they may have been mended.
     """
     with work.services.store.read() as connection:
-        earlier = _round_scored_as(connection, work, key)
-        rows = [] if earlier is None else _rows(connection, earlier.id, dict(images))
-    if earlier is None or not rows:
-        return []
-    try:
-        return _with_embeddings(work.services, work.project.id, earlier.number, rows)
-    except NotFound as gone:
-        log.warning("round %s is scored anew: %s", work.round.number, gone)
-        return []
+        earlier = _rounds_scored_as(connection, work, key)
+    found: dict[int, KnownScore] = {}
+    for round_row in earlier:  # the newest may have been cancelled before it had them all
+        left = {task_id: reference for task_id, reference in images if task_id not in found}
+        found |= {one.task_id: one for one in _known_of(work, round_row, left)}
+    return list(found.values())
 
 
-def _round_scored_as(connection: Connection, work: Work, key: str) -> Row[Any] | None:
+def _rounds_scored_as(connection: Connection, work: Work, key: str) -> Sequence[Row[Any]]:
     query = select(round_rows).where(
         round_rows.c.project_id == work.project.id,
         round_rows.c.scored_as == key,
         round_rows.c.id != work.round.id,
     )
-    return connection.execute(query.order_by(round_rows.c.number.desc()).limit(1)).first()
+    return connection.execute(query.order_by(round_rows.c.number.desc())).all()
+
+
+def _known_of(work: Work, earlier: Row[Any], images: Mapping[int, str]) -> list[KnownScore]:
+    with work.services.store.read() as connection:
+        rows = _rows(connection, earlier.id, images)
+    try:
+        return _with_embeddings(work.services, work.project.id, earlier.number, rows)
+    except NotFound as gone:
+        log.warning("round %s takes nothing over from round %s: %s", work.round.number, earlier.number, gone)
+        return []
 
 
 def _rows(connection: Connection, round_id: int, reference_of: Mapping[int, str]) -> list[Row[Any]]:

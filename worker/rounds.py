@@ -288,7 +288,9 @@ def lock_project(connection: Connection, project_id: int) -> Row[Any]:
 
     (SQLite's writers are alone anyway.)
     """
-    connection.execute(select(projects.c.id).where(projects.c.id == project_id).with_for_update())
+    # NO KEY: whoever inserted an annotation holds the project's key, and two such would wait for each other for ever
+    held = select(projects.c.id).where(projects.c.id == project_id).with_for_update(key_share=True)
+    connection.execute(held)
     return get_project(connection, project_id)
 
 
@@ -438,24 +440,29 @@ def trained_on(connection: Connection, project_id: int) -> set[int]:
 
 
 def grow_holdout(
-    connection: Connection, project_id: int, task_ids: Sequence[int], twins: Sequence[int] = ()
-) -> list[int]:
-    """These join the holdout, their twins are never trained on, and nothing is waited for; those that really joined.
+    connection: Connection, project_id: int, task_ids: Sequence[int], wanted: int, twins: Sequence[int] = ()
+) -> list[int] | None:
+    """These join the holdout for the `wanted` that were asked for when they were drawn, and their twins are never
+    trained on; those that really joined. None: so many are not asked for any more, and nothing was written.
 
     In one transaction: killed before it, the next attempt draws; killed after it, it finds nothing to draw. Somebody
-    may have labelled one since it was chosen, with boxes of a model before him: that one stays outside.
+    may have labelled one since it was chosen, with boxes of a model before him: that one stays outside. It may look
+    like those that joined, so it is not trained on either.
     """
-    lock_project(connection, project_id)
+    waiting = int(lock_project(connection, project_id).more_holdout)
+    if waiting < wanted:
+        return None  # withdrawn while they were drawn, or another attempt has drawn
     still = set(connection.execute(drawable(project_id)).scalars().all())
     joined = [task_id for task_id in task_ids if task_id in still]
     one = update(tasks).where(tasks.c.project_id == project_id, tasks.c.task_id == bindparam("of"))
     if joined:
         connection.execute(one.values(holdout=True), [{"of": task_id} for task_id in joined])
-        if barred := [task_id for task_id in twins if task_id in still]:
-            connection.execute(one.values(twin=True), [{"of": task_id} for task_id in barred])
+        if barred := sorted({*task_ids, *twins} - set(joined)):
+            untrained = one.where(tasks.c.seen_round_id.is_(None), tasks.c.holdout.is_not(True))
+            connection.execute(untrained.values(twin=True), [{"of": task_id} for task_id in barred])
         detail = f"{len(joined)} images of the pool joined the holdout"
         record_event(connection, project_id, "holdout grew", detail=detail)
-    connection.execute(update(projects).where(projects.c.id == project_id).values(more_holdout=0))
+    connection.execute(update(projects).where(projects.c.id == project_id).values(more_holdout=waiting - wanted))
     return joined
 
 

@@ -105,10 +105,10 @@ def _score_shard_images(work: Work) -> None:
         buffer = io.BytesIO()
         np.save(buffer, np.stack(list(embeddings.values())))
         own.artifacts.put(work.key(f"embeddings-{shard:05d}.npy"), buffer.getvalue())
+    with own.store.write() as connection:  # before the rows: once they are there, nobody looks again
+        note_problems(connection, work.project.id, {score.task_id: score.problem for score in found})
     these = (scores.c.round_id == work.round.id, scores.c.task_id == bindparam("of"))
     write_rows(own.store, update(scores).where(*these), rows)
-    with own.store.write() as connection:
-        note_problems(connection, work.project.id, {score.task_id: score.problem for score in found})
 
 
 def _scores_of(work: Work, images: Sequence[tuple[int, str]], progress: Callable[[int], None]) -> Iterator[TaskScore]:

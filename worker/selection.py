@@ -69,7 +69,8 @@ def draw_holdout(
 ) -> tuple[set[int], list[str]]:
     """Task ids of the holdout: drawn at random by near-duplicate group, so that no burst is split.
 
-    Labelled tasks come first, up to half of them; the rest is drawn from the others.
+    Labelled tasks come first, up to half of them; the rest is drawn from the others. A burst of more than `size` is
+    left to training as a whole, unless most images are in such: the embedding then finds everything alike.
 
     Args:
         tasks: all tasks with an image.
@@ -84,8 +85,9 @@ def draw_holdout(
         return set(), []
     groups = near_duplicate_groups(tasks.embeddings, threshold)
     notes = []
-    largest = int(np.bincount(groups).max())
-    if largest > max(size, 1):
+    sizes = np.bincount(groups)
+    largest = int(sizes.max())
+    if 2 * int(sizes[sizes > size].sum()) > len(groups):
         groups = np.arange(len(groups))
         notes.append(
             f"{largest} images look alike to the embedding at hand, more than the holdout holds: "

@@ -278,14 +278,15 @@ def sweep(store: Store, redis: Redis) -> list[str]:
         query = select(steps).where(steps.c.state.in_(("sent", "running")))
         candidates = connection.execute(query).all()
     for row in candidates:
-        reason = _lost(redis, row)
+        reason = lost(redis, row)
         if reason and _give_back(store, row, reason):
             done.append(f"step {row.id} ({row.kind}): {reason}")
     send_waiting(store, redis)
     return done
 
 
-def _lost(redis: Redis, row: Row[Any]) -> str | None:
+def lost(redis: Redis, row: Row[Any]) -> str | None:
+    """Why nobody will do a step that was sent or runs, as far as can be seen; None: somebody does it."""
     now = time.time()
     if row.state == "running":
         return "its worker died" if (row.lease_until or 0) < now else None

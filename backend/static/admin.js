@@ -63,19 +63,40 @@ async function refresh() {
   const batchBefore = byId("batch-about")?.textContent;
   for (const section of fresh.querySelectorAll("[data-live][id]")) {
     const old = byId(section.id);
-    if (old && !old.dataset.touched && !old.isEqualNode(section)) {
-      keepOpen(old, section);
-      old.replaceWith(document.adoptNode(section));
-    }
+    if (old && !old.dataset.touched && !old.isEqualNode(section)) exchange(old, section);
   }
   replaceTasks(fresh);
   if (byId("batch-about")?.textContent !== batchBefore) showSelection();
   window.drawCharts?.(); // curve.js: the overview has no charts
 }
 
+// What was opened stays open, and the keyboard stays where it was.
+function exchange(old, section) {
+  const again = samePlace(document.activeElement, old, section);
+  keepOpen(old, section);
+  const said = old.querySelector("[data-said]")?.textContent; // until the next button is pressed
+  const place = section.querySelector("[data-said]");
+  if (said && place) place.textContent = said;
+  old.replaceWith(document.adoptNode(section));
+  again?.focus({ preventScroll: true });
+}
+
+const places = (within) => [...within.querySelectorAll("a[href], button, input, select, summary, [tabindex]")];
+
+// What an element of `old` is in `section`: what does the same there, else what stands where it stood.
+function samePlace(element, old, section) {
+  const at = places(old).indexOf(element);
+  if (at < 0) return null;
+  const name = (one) => one.id || Object.values(one.dataset).join() || one.getAttribute("href");
+  const there = places(section);
+  return there.find((one) => name(one) && name(one) === name(element)) || there[Math.min(at, there.length - 1)];
+}
+
 function keepOpen(old, section) {
   const opened = old.querySelectorAll("details");
-  section.querySelectorAll("details").forEach((details, index) => (details.open = Boolean(opened[index]?.open)));
+  section.querySelectorAll("details").forEach((details, index) => {
+    if (opened[index]) details.open = opened[index].open;
+  });
 }
 
 // Pictures that did not change stay where they are, or they would flicker.

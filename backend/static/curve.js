@@ -107,7 +107,8 @@ function curveLayout(curve, family, colour) {
   const highs = curve.points.map((point) => point.high ?? point.map50);
   const top = Math.min(1, Math.max(0.1, ...highs, curve.next ? curve.next.high : 0) * 1.12);
   const furthest = Math.max(10, ...curve.points.map((point) => point.labels), curve.next ? curve.next.labels : 0) * 1.06;
-  const axis = { gridcolor: colour("line"), zeroline: false, linecolor: colour("line"), fixedrange: true, color: colour("muted") };
+  const visible = curve.points.length > 0; // a scale of nothing says nothing
+  const axis = { visible, gridcolor: colour("line"), zeroline: false, linecolor: colour("line"), fixedrange: true, color: colour("muted") };
   return {
     font: { family, size: 13, color: colour("muted") },
     paper_bgcolor: "transparent",

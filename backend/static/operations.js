@@ -53,13 +53,10 @@ async function fragment(path) {
   return fresh;
 }
 
-// A reader in the middle of a section keeps the keyboard's place: it is replaced when the focus is elsewhere.
 function replaceSection(id, fresh) {
   const old = byId(id);
   const section = fresh.getElementById(id);
-  if (!old || !section || old.isEqualNode(section) || old.contains(document.activeElement)) return;
-  keepOpen(old, section);
-  old.replaceWith(document.adoptNode(section));
+  if (old && section && !old.isEqualNode(section)) exchange(old, section);
 }
 
 async function pollWork() {
@@ -96,13 +93,18 @@ function showOptionsOf(form, strategy) {
   for (const set of form.querySelectorAll("[data-options-of]")) set.hidden = set.dataset.optionsOf !== strategy;
 }
 
+// True: all of it is told at the fields. What a store of another version says may have none.
 function showWrong(form, fields) {
   for (const note of form.querySelectorAll(".wrong")) note.hidden = true;
   for (const field of form.querySelectorAll("[aria-invalid]")) field.removeAttribute("aria-invalid");
   let first = null;
+  let everyOne = Object.keys(fields).length > 0;
   for (const [name, sentence] of Object.entries(fields)) {
     const holder = form.querySelector(`[data-of="${CSS.escape(name)}"]`);
-    if (!holder) continue;
+    if (!holder) {
+      everyOne = false;
+      continue;
+    }
     const note = holder.querySelector(".wrong");
     note.textContent = sentence;
     note.hidden = false;
@@ -112,6 +114,7 @@ function showWrong(form, fields) {
     first ??= field;
   }
   first?.focus();
+  return everyOne;
 }
 
 // --- settings --------------------------------------------------------------------------------------------------------
@@ -142,8 +145,8 @@ async function saveSettings(form) {
       await refresh();
       setText("settings-said", "Saved. They count from the next round on.");
     } else {
-      setText("settings-said", body.fields ? "Nothing was changed: see the fields marked." : body.detail);
-      showWrong(form, body.fields || {});
+      const told = showWrong(form, body.fields || {});
+      setText("settings-said", told ? "Nothing was changed: see the fields marked." : body.detail);
     }
   } catch (error) {
     setText("settings-said", error.message);
@@ -203,8 +206,7 @@ async function showPreview(form) {
     const response = await send("POST", ofProject("/previews"), body);
     const made = await response.json().catch(() => ({}));
     if (!response.ok) {
-      setText("preview-said", made.fields ? "See the fields marked." : made.detail);
-      showWrong(form, made.fields || {});
+      setText("preview-said", showWrong(form, made.fields || {}) ? "See the fields marked." : made.detail);
     } else {
       await awaitPreview(made.id);
     }

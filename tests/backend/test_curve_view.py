@@ -207,6 +207,17 @@ def test_a_warning_with_other_figures_is_a_new_one(client: TestClient, store: St
 # --- the holdout -----------------------------------------------------------------------------------------------------
 
 
+def test_before_the_first_batch_the_holdout_is_not_missed_yet(client: TestClient, store: Store) -> None:
+    add_project(store)
+    assert client.get("/api/projects/7/holdout").json()["sentence"] == "The holdout is drawn with the first batch."
+    assert "nothing can be measured" not in client.get("/projects/7").text
+    with store.write() as connection:
+        row = {"project_id": 7, "number": 0, "state": "done", "opened_at": 1.0, "closed_at": 2.0}
+        round_id = connection.execute(insert(rounds).values(**row).returning(rounds.c.id)).scalar_one()
+        connection.execute(update(projects).values(published_round_id=round_id))
+    assert "nothing can be measured" in client.get("/api/projects/7/holdout").json()["sentence"]
+
+
 def test_more_holdout_is_asked_for_and_withdrawn(client: TestClient, store: Store) -> None:
     add_project(store, holdout=60, pool=400)
     before = client.get("/api/projects/7/status").json()["stamp"]

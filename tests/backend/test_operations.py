@@ -269,9 +269,16 @@ def test_a_failed_step_is_shown_with_its_error_and_tried_again(
     assert client.post("/api/projects/7/rounds/retry").status_code == 409
 
 
+@pytest.mark.parametrize("job_id", ["..", "a b", "preview%0a", "step-1%00", "%D9%A3", "a:b", "x" * 300])
+def test_a_job_that_cannot_be_one_is_refused(client: TestClient, project: int, job_id: str) -> None:
+    answer = client.post(f"/api/jobs/{job_id}/retry")
+    assert answer.status_code in (404, 405, 422), answer.text
+    assert set(answer.json()) == {"error", "detail"}
+
+
 def test_the_work_of_nobody_is_said(client: TestClient, project: int) -> None:
     work = client.get("/api/projects/7/work").json()
-    assert work["problem"].startswith("No worker is known: start them with `hardfirst up`")
+    assert work["problem"].startswith("No worker is known: start them with hardfirst up, or with hardfirst worker.")
     assert [(one["name"], one["waiting"], one["workers"]) for one in work["queues"]] == [
         ("train", 0, 0), ("score", 0, 0), ("predict", 0, 0), ("control", 0, 0),
     ]  # fmt: skip
@@ -450,6 +457,62 @@ def test_settings_of_another_version_are_a_sentence_and_the_form_is_there(
     found = client.get("/api/projects/7/settings").json()
     assert "unknown setting 'batchsize'" in found["problem"]
     assert client.get("/projects/7").status_code == 200
+
+
+def test_settings_of_another_version_are_mended_by_removing_what_is_unknown(
+    client: TestClient, store: Store, project: int, label_studio_stand_in: Any
+) -> None:
+    label_studio_stand_in.ml = {"extra_params": {"batchsize": 4, "seed": 3}}
+    with store.write() as connection:
+        connection.execute(update(projects).values(extra_params='{"batchsize": 4, "seed": 3}'))
+    refused = client.patch("/api/projects/7/settings", json={"values": {"epochs": 5}})
+    assert refused.status_code == 422
+    assert list(refused.json()["fields"]) == ["batchsize"]
+    answer = client.patch("/api/projects/7/settings", json={"values": {"batchsize": None, "epochs": 5}})
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["problem"] == ""
+    assert label_studio_stand_in.patched[0][1]["extra_params"] == {"seed": 3, "epochs": 5}
+
+
+def test_of_two_changes_at_once_none_is_lost_silently(
+    client: TestClient, project: int, label_studio_stand_in: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers = []
+    write = operations._write_through
+
+    def another_comes_in_between(*args: Any) -> None:
+        if not answers:
+            answers.append(client.patch("/api/projects/7/settings", json={"values": {"epochs": 5}}))
+        write(*args)
+
+    monkeypatch.setattr(operations, "_write_through", another_comes_in_between)
+    assert client.patch("/api/projects/7/settings", json={"values": {"seed": 9}}).status_code == 200
+    assert answers[0].status_code == 409
+    assert "are being saved" in answers[0].json()["detail"]
+    assert [body["extra_params"] for _, body in label_studio_stand_in.patched] == [{"batch_size": 4, "seed": 9}]
+    assert client.patch("/api/projects/7/settings", json={"values": {"epochs": 5}}).status_code == 200
+
+
+def test_strategies_are_described_to_admins_and_not_to_programmers(client: TestClient, project: int) -> None:
+    found = client.get("/api/projects/7/settings").json()["strategies"]
+    described = {one["name"]: one["description"] for one in found}
+    assert described["random"] == "A random order: utility (N - rank) / N."
+    assert described["margin"] == "The most uncertain by the gap between the two likeliest (Scheffer et al. 2001)."
+    assert described["committee"] == (
+        "As hybrid, with the committee's disagreement as the uncertainty (Seung et al. 1992)."
+    )
+    for words in described.values():
+        assert words.endswith(".")
+        assert not [word for word in ("late:", "rng", "`", ".py") if word in words]
+
+
+def test_what_is_wrong_is_not_told_at_length(client: TestClient, project: int) -> None:
+    for value in ({"strategy": "x" * 100_000}, {"strategy_options": {"alpha": ["x" * 100_000]}}):
+        answer = client.patch("/api/projects/7/settings", json={"values": value})
+        assert answer.status_code == 422
+        (sentence,) = answer.json()["fields"].values()
+        assert 10 < len(sentence) <= 400
+        assert sentence.endswith("…")
 
 
 # --- the batch -------------------------------------------------------------------------------------------------------

@@ -163,6 +163,22 @@ def test_a_fresh_project_has_no_empty_boxes(page: Any, site: Site) -> None:
             assert len(card.inner_text().strip().splitlines()) > 1, card.inner_text()
 
 
+def test_an_empty_chart_has_no_scale(page: Any, site: Site) -> None:
+    open_page(page, f"{site.url}/projects/{FRESH}")
+    expect(page.locator("#curve")).to_contain_text("No round has been measured yet")
+    assert page.locator("#curve .xtick, #curve .ytick").count() == 0
+
+
+def test_downloads_stand_side_by_side(page: Any, site: Site) -> None:
+    open_page(page, f"{site.url}/projects/{BIG}")
+    report_at, dataset_at = (page.locator(f"#rounds a[href$='{name}']").bounding_box() for name in ("html", "zip"))
+    if page.viewport_size["width"] > 1000:
+        assert report_at["y"] == dataset_at["y"]
+        assert dataset_at["x"] - report_at["x"] - report_at["width"] < 60
+    else:
+        assert report_at["x"] == dataset_at["x"]
+
+
 # --- live ------------------------------------------------------------------------------------------------------------
 
 

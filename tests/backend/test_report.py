@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import re
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -108,3 +110,35 @@ def test_the_chart_has_the_points_where_the_axes_say() -> None:
 )
 def test_ticks_are_round_and_reach_the_end(most: float, ticks: list[float]) -> None:
     assert report.nice_ticks(most) == pytest.approx(ticks)
+
+
+def test_a_full_disk_costs_the_pictures_and_not_the_report(own: Services, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_room(*_args: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    fill(own)
+    monkeypatch.setattr(report, "make_thumbnail", no_room)
+    html = report.render_report(own, 1, thumbnails=2)
+    assert html.count('<span class="muted">no picture</span>') == 2
+
+
+def test_reports_at_once_draw_no_more_pictures_than_one(own: Services, monkeypatch: pytest.MonkeyPatch) -> None:
+    lock, now, most = threading.Lock(), [0], [0]
+
+    def slow(*_args: object) -> None:
+        with lock:
+            now[0] += 1
+            most[0] = max(most[0], now[0])
+        time.sleep(0.05)
+        with lock:
+            now[0] -= 1
+        raise OSError("no picture")
+
+    fill(own)
+    monkeypatch.setattr(report, "make_thumbnail", slow)
+    readers = [threading.Thread(target=report.render_report, args=(own, 1, 8)) for _ in range(3)]
+    for reader in readers:
+        reader.start()
+    for reader in readers:
+        reader.join()
+    assert 1 < most[0] <= report.AT_ONCE

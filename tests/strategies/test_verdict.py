@@ -15,6 +15,7 @@ from strategies.verdict import (
     TRAINING_SD,
     ClassCurve,
     GainEstimate,
+    More,
     class_warnings,
     expected_covariance,
     expected_gain,
@@ -150,6 +151,19 @@ def test_power_in_words():
     )
     assert power_sentence(0, 0.0, more_holdout(gain, 0)) == "There is no holdout: nothing can be measured."
     assert smallest_visible_gain(expected_gain(240)) < smallest_visible_gain(gain) / 1.8
+
+
+def test_figures_that_are_compared_have_equal_digits():
+    assert "under .023 a round" in power_sentence(300, 0.0231, More(300, 0.0188))
+    assert "label 300 more to see .019." in power_sentence(300, 0.0231, More(300, 0.0188))
+    assert "under .06 a round" in power_sentence(60, 0.0601, More(60, 0.041))
+
+
+def test_one_class_has_no_mean_that_could_hide_it():
+    rising = ClassCurve("bolt", [0.3, 0.5, 0.7], 500)
+    assert class_warnings([rising]) == ("AP still rises: bolt.",)
+    other = ClassCurve("nut", [0.5, 0.5, 0.5], 500)
+    assert class_warnings([rising, other]) == ("AP still rises: bolt. The mean over all classes hides it.",)
 
 
 def test_words_for_shares():

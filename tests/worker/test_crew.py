@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import pickle
 import time
+import zlib
 from collections.abc import Iterator
 
 import pytest
@@ -85,6 +87,23 @@ def test_jobs_of_steps_are_the_stores_business(conn: redis.Redis, monkeypatch: p
     assert crew.failed_jobs(conn) == []
     with pytest.raises(Conflict, match="retry the round"):
         crew.retry_job(conn, queue.step_job_id(12, 1))
+
+
+@pytest.mark.parametrize("data", [b"garbage", zlib.compress(pickle.dumps(("os.system", None, ("true",), {})))])
+def test_a_failed_job_that_cannot_be_read_hides_no_other(
+    conn: redis.Redis, monkeypatch: pytest.MonkeyPatch, data: bytes
+) -> None:
+    monkeypatch.setattr("worker.jobs.services", lambda: (_ for _ in ()).throw(ValueError("no store")))
+    fail_job(conn, "preview-1")
+    fail_job(conn, "preview-2")
+    conn.hset("rq:job:preview-2", "data", data)
+    found = {one.job_id: (one.function, one.error) for one in crew.failed_jobs(conn)}
+    assert found == {
+        "preview-1": ("preview", "ValueError: no store"),
+        "preview-2": ("?", "its record cannot be read (DeserializationError)"),
+    }
+    with pytest.raises(Conflict, match="preview-2 cannot be read"):
+        crew.retry_job(conn, "preview-2")
 
 
 def test_a_job_that_is_gone_or_not_ours_is_not_run(conn: redis.Redis) -> None:

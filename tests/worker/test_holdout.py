@@ -172,6 +172,16 @@ def test_no_burst_is_split() -> None:
     assert found.twins == []
 
 
+def test_a_burst_larger_than_what_is_wanted_is_left_whole() -> None:
+    pictures = np.concatenate([np.repeat(np.eye(40)[:1], 8, axis=0), np.eye(40)[1:]])  # tasks 1 to 8 are one picture
+    everything = np.ones(47, bool)
+    for seed in range(10):
+        found = draw_more(scored(pictures), everything, ~everything, 6, 0.99, RNG(seed))
+        assert len(found.task_ids) == 6
+        assert min(found.task_ids) > 8
+        assert (found.twins, found.notes) == ([], [])
+
+
 def test_a_chain_of_likeness_bars_what_it_leaves_behind() -> None:
     # each is like its neighbour (cosine .995), the ends are not like each other (cosine .98): groups need not be closed
     angles = np.array([0.0, 0.1, 0.2])
@@ -235,12 +245,41 @@ def test_what_was_asked_for_joins_once(store: Store) -> None:
 
 def test_a_task_labelled_meanwhile_stays_outside(store: Store) -> None:
     with store.write() as connection:
+        rounds.ask_for_holdout(connection, 7, 3)
         label_rows = [{"id": 116, "task": 16, "updated_at": "2026"}]
         rounds.remember_annotations(connection, 7, label_rows)
-        assert rounds.grow_holdout(connection, 7, [16, 17, 5], twins=[18, 16]) == [17]
+        rounds.remember_annotations(connection, 7, [{"id": 119, "task": 19, "updated_at": "2026"}])
+        assert rounds.grow_holdout(connection, 7, [16, 17, 5], 3, twins=[18, 19, 6]) == [17]
     assert held(store) == {1, 2, 3, 4, 17}
+    with store.read() as connection:  # 16 and 19 may look like 17; 5 and 6 were trained on before
+        assert rounds.not_for_training(connection, 7) == {1, 2, 3, 4, 16, 17, 18, 19}
+
+
+def test_what_is_withdrawn_while_it_is_drawn_does_not_join(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    ask(store, 6)
+
+    def draw_and_withdraw(*args: Any) -> Any:
+        with store.write() as connection:
+            rounds.withdraw_holdout(connection, 7)
+        return draw_more(*args)
+
+    monkeypatch.setattr(holdout, "draw_more", draw_and_withdraw)
+    assert grown(store)[1] is None
+    assert held(store) == {1, 2, 3, 4}
+
+
+def test_what_is_asked_for_while_others_are_drawn_is_waited_for(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    ask(store, 6)
+
+    def draw_and_ask(*args: Any) -> Any:
+        ask(store, 2)
+        return draw_more(*args)
+
+    monkeypatch.setattr(holdout, "draw_more", draw_and_ask)
+    grown(store)
+    assert len(held(store)) == 4 + 6
     with store.read() as connection:
-        assert rounds.not_for_training(connection, 7) == {1, 2, 3, 4, 17, 18}
+        assert get_project(connection, 7).more_holdout == 2
 
 
 # --- measuring again --------------------------------------------------------------------------------------------------
@@ -307,6 +346,7 @@ class FakeLabelStudio:
 @pytest.fixture
 def own(store: Store, tmp_path: Any) -> Any:
     """Two measured rounds of project 7: the first found 1 and 2 of the holdout, the second 1, 2 and 3."""
+    label(store, 1, 2, 3, 4)
     artifacts = Artifacts(str(tmp_path / "artifacts"), tmp_path / "cache")
     report = json.dumps({"names": {"0": "nut"}})
     with store.write() as connection:
@@ -347,6 +387,23 @@ def test_corrected_annotations_measure_every_round_again(own: Any, store: Store)
         rows = connection.execute(select(round_rows.c.per_class, round_rows.c.verdict)).all()
     assert [json.loads(row.per_class)["nut"]["boxes"] for row in rows] == [3, 3]
     assert json.loads(rows[-1].verdict)["numbers"]["mean_gain"] == pytest.approx(gain, abs=1e-6)
+
+
+def test_a_label_that_comes_during_the_export_is_measured_next_time(own: Any, store: Store) -> None:
+    snapshot = own.label_studio.export
+
+    def export(project_id: int) -> list[dict[str, Any]]:
+        found = list(snapshot(project_id))
+        label(store, 4, updated_at="2026-01-02")  # its webhook: the export does not have it
+        return found
+
+    own.label_studio.export = export
+    assert remeasure_if_changed(own, 7) is True
+    own.label_studio.export = snapshot
+    own.label_studio.found[3] = exported(4, "2026-01-02", boxes=0)
+    make_due(store)
+    assert remeasure_if_changed(own, 7) is True
+    assert [first for first, _, _ in figures(store)] == pytest.approx([2 / 3, 0.995], abs=0.01)
 
 
 def test_not_more_often_than_every_five_minutes(own: Any, store: Store) -> None:

@@ -154,6 +154,24 @@ def test_of_many_that_want_to_open_a_round_one_does(store: Store) -> None:
         ]
 
 
+def test_webhooks_that_come_at_once_do_not_wait_for_each_other_for_ever(store: Store) -> None:
+    with store.write() as connection:
+        rounds.remember_tasks(connection, PROJECT, {1: "/a.jpg", 2: "/b.jpg"})
+    numbers = iter((1, 2))
+    both_wrote = threading.Barrier(2)
+
+    def webhook() -> None:
+        with store.write() as connection:
+            number = next(numbers)
+            rounds.remember_annotations(connection, PROJECT, [{"id": number, "task": number}])
+            both_wrote.wait(30)
+            rounds.open_round_if_triggered(connection, PROJECT)
+
+    assert _at_once(2, webhook) == []
+    with store.read() as connection:
+        assert rounds.task_ids_of_annotations(connection, PROJECT) == {1, 2}
+
+
 def test_the_last_of_many_shards_inserts_the_next_step_once(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(steps.queue, "enqueue_step", lambda *_: True)  # Redis is not under test
     with store.write() as connection:

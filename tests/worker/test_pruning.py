@@ -76,6 +76,29 @@ def test_a_round_that_runs_and_the_one_served_lose_nothing(own: Services) -> Non
     assert rows_by_round(own) == {0: 10, 1: 10, 2: 2, 3: 10, 4: 10}
 
 
+def test_an_artifact_store_that_was_away_keeps_no_embeddings_for_ever(
+    own: Services, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def away(pattern: str) -> None:
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(own.artifacts, "delete_like", away)
+    with pytest.raises(OSError, match="no route"):
+        prune(own, 7)
+    monkeypatch.undo()
+    prune(own, 7)
+    assert [embeddings(own, number) for number in range(5)] == [[False] * 2] * 3 + [[True] * 2] * 2
+
+
+def test_no_round_takes_scores_over_from_one_that_was_pruned(own: Services) -> None:
+    with own.store.write() as connection:
+        connection.execute(update(round_rows).values(scored_as="the same"))
+    prune(own, 7)
+    with own.store.read() as connection:
+        known = connection.execute(select(round_rows.c.scored_as).order_by(round_rows.c.number)).scalars().all()
+    assert known == [None, None, None, "the same", "the same"]
+
+
 def test_before_anything_is_served_nothing_is_old(own: Services) -> None:
     with own.store.write() as connection:
         connection.execute(update(projects).values(published_round_id=None))

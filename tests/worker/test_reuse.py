@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 from sqlalchemy import select, update
 
-from worker import model, rounds, steps
+from worker import model, rounds, scoring, steps
 from worker.model import TaskScore
 from worker.reuse import known_scores, remember_key, scoring_key, shard_embeddings
 from worker.scoring import plan_scoring, score_one_shard
 from worker.services import Services
 from worker.settings import ProjectSettings, Settings
-from worker.store import get_project, get_round, scores, tasks
+from worker.store import get_project, get_round, scores, tasks, write_rows
 from worker.store import rounds as round_rows
 from worker.store import steps as step_rows
 from worker.work import Work
@@ -135,6 +135,38 @@ def test_a_round_with_the_same_detector_takes_the_scores_over(own: Services, sco
     }
     second = shard_embeddings(own, 7, 1, 1)
     assert second[[later[4].row, later[5].row]].tolist() == [[4, 0], [5, 0]]  # round 0's own
+
+
+def test_a_round_that_was_cancelled_early_hides_no_scores(own: Services, scorer: CountingScorer) -> None:
+    score_everything(own)
+    open_another(own)
+    plan_scoring(claimed(own, 99))
+    score_one_shard(claimed(own, 1))  # and then it is cancelled
+    open_another(own)
+    score_everything(own)
+    assert scorer.seen == [1, 2, 3, 4, 5]
+    assert [row.entropy for row in rows_of(own, 2).values()] == [0.1, 0.2, 0.3, 0.4, 0.5]
+    assert shard_embeddings(own, 7, 2, 0)[:, 0].tolist() == [1, 2, 3]
+
+
+def test_killed_while_it_writes_its_rows_a_shard_has_told_of_broken_images(
+    own: Services, scorer: CountingScorer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scorer.broken = {2}
+    plan_scoring(claimed(own, 99))
+
+    def killed(*args: Any) -> None:
+        write_rows(*args)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(scoring, "write_rows", killed)
+    with pytest.raises(KeyboardInterrupt):
+        score_one_shard(claimed(own, 0))
+    monkeypatch.undo()
+    score_one_shard(claimed(own, 0))
+    with own.store.read() as connection:
+        told = connection.execute(select(tasks.c.image_problem).where(tasks.c.task_id == 2)).scalar_one()
+    assert told == "no image"
 
 
 def test_only_what_is_new_changed_or_was_broken_is_looked_at(own: Services, scorer: CountingScorer) -> None:

@@ -59,6 +59,17 @@ def test_a_burst_larger_than_the_holdout_is_said_and_split() -> None:
     assert note.startswith("30 images look alike")
 
 
+def test_one_burst_larger_than_the_holdout_splits_no_other() -> None:
+    pictures = np.concatenate([np.repeat(apart(31)[:1], 20, axis=0), np.repeat(apart(31)[1:], 2, axis=0)])
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        chosen, notes = draw_holdout(scored(list(range(80)), pictures), nobody(80), 8, 0.99, rng)
+        assert len(chosen) == 8
+        assert min(chosen) >= 20  # the burst of twenty is for training
+        assert {task_id ^ 1 for task_id in chosen} == chosen  # the other frame of each scene is there too
+        assert notes == []
+
+
 def test_labelled_tasks_come_first_up_to_half_of_them() -> None:
     labelled = nobody(40)
     labelled[:6] = True
