@@ -19,6 +19,7 @@ from worker import rounds as rules
 from worker.artifacts import sha256
 from worker.boxes import LabelMap
 from worker.errors import LabelConfigUnsupported, SettingsInvalid
+from worker.reuse import scored_so_far
 from worker.settings import ProjectSettings
 from worker.store import (
     OPEN_STATES,
@@ -489,17 +490,11 @@ def _amount(
     if phase == "evaluating":
         return (None if done is None else min(done, counts.holdout or done)), counts.holdout or None
     if phase == "scoring" and done is None:
-        return _scored(connection, row.id)
+        total, done = scored_so_far(connection, row.id)  # live progress is not to be had
+        return done, total
     if phase in ("preparing", "scoring", "publishing") and done is not None and total:
         return min(done, total), total
     return None, None
-
-
-def _scored(connection: Connection, round_id: int) -> tuple[int, int]:
-    """What the store knows of a scoring whose live progress is not to be had."""
-    query = select(func.count(), func.count().filter(scores.c.row.is_not(None) | scores.c.problem.is_not(None)))
-    total, done = connection.execute(query.where(scores.c.round_id == round_id)).one()
-    return int(done), int(total)
 
 
 def _waiting(connection: Connection, round_id: int) -> tuple[bool, str]:

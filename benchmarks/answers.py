@@ -22,14 +22,14 @@ from typing import Any
 
 import httpx
 
+from benchmarks._serving import backend
 from demo.oracle import label_config
 from worker import rounds
-from worker.processes import die_with_parent, running_valkey
+from worker.processes import running_valkey
 from worker.settings import ProjectSettings
 from worker.store import Store, insert_or_ignore, projects, scores
 from worker.store import rounds as round_rows
 
-ROOT = Path(__file__).resolve().parent.parent
 PROJECT, TASKS, LABELLED = 1, 80_000, 8_000
 CONFIG = label_config(["bolt", "nut"])
 BURN = "while True: sum(range(100000))"
@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     repeats = 20 if given.quick else 200
     with tempfile.TemporaryDirectory() as folder, running_valkey(Path(folder) / "valkey") as redis_url:
         _fill(Store(f"sqlite:///{folder}/hardfirst.db"))
-        with _backend(Path(folder), redis_url) as client:
+        with backend(Path(folder), redis_url) as (client, _):
             idle = _measure(client, repeats)
             with _busy():
                 busy = _measure(client, repeats)
@@ -71,40 +71,6 @@ def _fill(store: Store) -> None:
         row = {"round_id": 1, "shard": 0, "regions": json.dumps([region] * 5), "published_score": 0.5}
         insert_or_ignore(connection, scores, [{**row, "task_id": number} for number in range(TASKS)])
     store.close()
-
-
-@contextmanager
-def _backend(folder: Path, redis_url: str) -> Iterator[httpx.Client]:
-    port = 39_000 + os.getpid() % 10_000
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(ROOT),
-        "HARDFIRST_DATA_DIR": str(folder),
-        "REDIS_URL": redis_url,
-        "LABEL_STUDIO_URL": "http://127.0.0.1:9",  # nobody: no request here needs Label Studio
-    }
-    command = [sys.executable, "-m", "uvicorn", "--factory", "backend.app:create_app_from_env", "--port", str(port)]
-    parent = os.getpid()
-    server = subprocess.Popen(
-        [*command, "--log-level", "error"], env=environment, cwd=folder, preexec_fn=lambda: die_with_parent(9, parent)
-    )
-    try:
-        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30, trust_env=False) as client:
-            _wait(client)
-            yield client
-    finally:
-        server.terminate()
-        server.wait(15)
-
-
-def _wait(client: httpx.Client) -> None:
-    for _ in range(300):
-        try:
-            client.get("/health")
-            return
-        except httpx.ConnectError:
-            time.sleep(0.1)
-    raise TimeoutError("the backend did not start within 30 s")
 
 
 @contextmanager

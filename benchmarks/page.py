@@ -9,25 +9,22 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import re
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import httpx
 import redis
 
+from benchmarks._serving import backend, processor_seconds
 from demo import history
 from worker import queue
-from worker.processes import die_with_parent, running_valkey
+from worker.processes import running_valkey
 
-ROOT = Path(__file__).resolve().parent.parent
 TASKS, ROUNDS = 80_000, 12
 REQUIRED_MS = 300.0
 DOWNLOADS = re.compile(r"\.(zip|pt|jpg)$|/jobs/|/v1/")
@@ -52,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         with redis.Redis.from_url(redis_url) as connection:  # as the workers do
             half = {"phase": "scoring", "round": given.rounds + 1, "done": given.tasks // 2, "total": given.tasks}
             queue.set_progress(connection, 2, ttl=3600, **half)
-        client, pid = stack.enter_context(_backend(folder, redis_url, label_studio_url))
+        client, pid = stack.enter_context(backend(folder, redis_url, label_studio_url, timeout=60))
         found = _measure(client, pid, given.rounds, repeats)
     _print(found)
     slowest = max(found, key=lambda name: found[name]["median"])
@@ -67,41 +64,6 @@ def _fill(folder: Path, tasks: int, rounds: int) -> None:
     history.fill(store, artifacts, tasks=tasks, rounds=rounds, project_id=1)
     history.fill(store, artifacts, tasks=tasks, rounds=rounds, project_id=2, last="scoring", earlier_scores=False)
     store.close()
-
-
-@contextmanager
-def _backend(folder: Path, redis_url: str, label_studio_url: str) -> Iterator[tuple[httpx.Client, int]]:
-    port = 39_000 + os.getpid() % 10_000
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(ROOT),
-        "HARDFIRST_DATA_DIR": str(folder),
-        "REDIS_URL": redis_url,
-        "LABEL_STUDIO_URL": label_studio_url,
-        "LABEL_STUDIO_API_KEY": "0" * 40,
-    }
-    command = [sys.executable, "-m", "uvicorn", "--factory", "backend.app:create_app_from_env", "--port", str(port)]
-    parent = os.getpid()
-    server = subprocess.Popen(
-        [*command, "--log-level", "error"], env=environment, cwd=folder, preexec_fn=lambda: die_with_parent(9, parent)
-    )
-    try:
-        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60, trust_env=False) as client:
-            _wait(client)
-            yield client, server.pid
-    finally:
-        server.terminate()
-        server.wait(15)
-
-
-def _wait(client: httpx.Client) -> None:
-    for _ in range(300):
-        try:
-            client.get("/health")
-            return
-        except httpx.ConnectError:
-            time.sleep(0.1)
-    raise TimeoutError("the backend did not start within 30 s")
 
 
 def _measure(client: httpx.Client, pid: int, rounds: int, repeats: int) -> dict[str, dict[str, float]]:
@@ -141,10 +103,9 @@ def _times(client: httpx.Client, pid: int, path: str, repeats: int) -> dict[str,
 def _computed(pid: int) -> float:
     """Seconds a process has computed, user and system; 0 where /proc does not say."""
     try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return processor_seconds(pid)
     except OSError:
         return 0.0
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def _print(found: dict[str, dict[str, float]]) -> None:

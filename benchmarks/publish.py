@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import tempfile
 import time
@@ -20,6 +19,7 @@ from typing import Any
 
 import httpx
 
+from benchmarks._serving import processor_seconds
 from demo.label_studio_server import LabelStudioServer
 from demo.oracle import label_config
 from worker.label_studio import LabelStudio, model_version, prediction, published_score
@@ -57,9 +57,9 @@ def _measure(server: LabelStudioServer, count: int, alone: int) -> dict[str, flo
         sample = list(_predictions(task_ids[:alone], one_by_one))
         alone_seconds = _seconds(lambda: _one_by_one(api, sample))
         label_studio.delete_version(project_id, one_by_one)
-        before = _processor_seconds(server)
+        before = processor_seconds(server.pid)
         bulk = [_seconds(partial(_bulk, label_studio, project_id, task_ids, version)) for version in new]
-        its_own = _processor_seconds(server) - before
+        its_own = processor_seconds(server.pid) - before
         switch_seconds = _seconds(lambda: label_studio.publish_version(project_id, new[-1]))
         purge_seconds = _seconds(lambda: label_studio.delete_version(project_id, old))
         left = label_studio.versions(project_id)
@@ -83,12 +83,6 @@ def _seconds(run: Callable[[], object]) -> float:
 
 def _bulk(label_studio: LabelStudio, project_id: int, task_ids: Sequence[int], version: str) -> None:
     label_studio.import_predictions(project_id, _predictions(task_ids, version))
-
-
-def _processor_seconds(server: LabelStudioServer) -> float:
-    """What Label Studio's process has computed so far, as Linux counts it."""
-    fields = Path(f"/proc/{server.pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def _project(api: httpx.Client, label_studio: LabelStudio, count: int) -> tuple[int, list[int]]:

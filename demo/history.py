@@ -32,13 +32,14 @@ from sqlalchemy import Connection, case, func, insert, literal, select, update
 from backend.app import create_app
 from demo.factory import CLASSES, RARE, Scene, render
 from demo.oracle import label_config
-from worker.artifacts import Artifacts, round_key, sha256
+from worker.artifacts import Artifacts, round_key
 from worker.boxes import LabelMap, to_regions, xyxy_to_yolo
 from worker.dataset import TaskTruth
 from worker.evaluation import Detections, Truth
 from worker.label_studio import model_version, published_score
 from worker.measuring import compare, write_curve
 from worker.processes import running_valkey
+from worker.reuse import image_digest
 from worker.settings import ProjectSettings, Settings, parse_project_settings
 from worker.store import Store, events, projects, scores, steps, task_annotations
 from worker.store import rounds as round_rows
@@ -495,7 +496,7 @@ def _write_scores(connection: Connection, plan: Plan, round_ids: Sequence[int], 
                 "round_id": round_ids[-1],
                 "task_id": task_id,
                 "shard": at // SHARD,
-                "image": sha256(plan.images[at].encode())[:16],
+                "image": image_digest(plan.images[at]),
                 "row": None if is_broken else row_of_shard,
                 "least_confidence": measures[0][at],
                 "margin": measures[1][at],

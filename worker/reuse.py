@@ -74,12 +74,18 @@ def remember_key(work: Work) -> str:
     return key
 
 
+def scored_so_far(connection: Connection, round_id: int, shard: int | None = None) -> tuple[int, int]:
+    """How many rows a round (or one shard of it) has, and how many of them are scored: a broken image counts too."""
+    has_score = or_(scores.c.row.is_not(None), scores.c.problem.is_not(None))
+    query = select(func.count(), func.count().filter(has_score)).where(scores.c.round_id == round_id)
+    total, scored = connection.execute(query if shard is None else query.where(scores.c.shard == shard)).one()
+    return int(total), int(scored)
+
+
 def shard_is_scored(connection: Connection, round_id: int, shard: int) -> bool:
     """Whether an attempt before this one has written all of a shard's rows; its embeddings were written before them."""
-    has_score = or_(scores.c.row.is_not(None), scores.c.problem.is_not(None))
-    query = select(func.count(), func.count().filter(has_score))
-    total, scored = connection.execute(query.where(scores.c.round_id == round_id, scores.c.shard == shard)).one()
-    return bool(total and total == scored)
+    total, scored = scored_so_far(connection, round_id, shard)
+    return bool(total) and total == scored
 
 
 def known_scores(work: Work, key: str, images: Sequence[tuple[int, str]]) -> list[KnownScore]:

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from sqlalchemy import Connection, Row, bindparam, delete, func, insert, select, update
+from sqlalchemy import Connection, Row, bindparam, delete, insert, select, update
 
 from worker import steps
 from worker.boxes import LabelMap
 from worker.errors import LabelStudioRefused, PublishIncomplete
 from worker.label_studio import prediction, published_score
-from worker.reuse import image_digest, known_scores, remember_key, shard_embeddings, shard_is_scored
+from worker.reuse import image_digest, known_scores, remember_key, scored_so_far, shard_embeddings, shard_is_scored
 from worker.services import Services
 from worker.store import (
     get_project,
@@ -89,7 +89,7 @@ def _score_shard_images(work: Work) -> None:
     own, shard = work.services, work.lease.shard
     with own.store.read() as connection:
         images = _shard_images(connection, work, shard)
-        total, before = _scored_so_far(connection, work)
+        total, before = scored_so_far(connection, work.round.id)
     known = {one.task_id: one for one in known_scores(work, remember_key(work), images)}
     fresh = [(task_id, reference) for task_id, reference in images if task_id not in known]
     found = list(_scores_of(work, fresh, lambda done: work.progress("scoring", done=before + done, total=total)))
@@ -127,12 +127,6 @@ def _shard_images(connection: Connection, work: Work, shard: int) -> list[tuple[
         .order_by(tasks.c.task_id)
     )
     return [(int(row.task_id), str(row.image)) for row in connection.execute(query)]
-
-
-def _scored_so_far(connection: Connection, work: Work) -> tuple[int, int]:
-    query = select(func.count()).select_from(scores).where(scores.c.round_id == work.round.id)
-    done = query.where((scores.c.row.is_not(None)) | (scores.c.problem.is_not(None)))
-    return int(connection.execute(query).scalar_one()), int(connection.execute(done).scalar_one())
 
 
 def score_columns(score: Any) -> dict[str, Any]:

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -12,7 +11,7 @@ from worker.dataset import TaskTruth
 from worker.evaluation import Detections, evaluate
 from worker.measuring import base_verdict, compare, on_common_images, renamed, truth_for, write_curve
 from worker.settings import ProjectSettings
-from worker.store import Store, projects
+from worker.store import Store
 from worker.store import rounds as round_rows
 
 
@@ -128,17 +127,13 @@ TRUTHS = [truth(task_id, (BOX, 0)) for task_id in range(N)]
 
 
 @pytest.fixture
-def store(store_url: str) -> Iterator[Store]:
+def store(store: Store) -> Store:
     """Project 7: rounds 1..4 of 100, 200 ... labels, not measured yet."""
-    made = Store(store_url)
-    made.migrate()
-    with made.write() as connection:
-        connection.execute(insert(projects).values(id=7, connected_at=0.0))
+    with store.write() as connection:
         for number in range(1, 5):
             values = {"project_id": 7, "number": number, "state": "done", "opened_at": 0.0, "labels": 100 * number}
             connection.execute(insert(round_rows).values(id=10 + number, map50=0.5, **values))
-    yield made
-    made.close()
+    return store
 
 
 def curve_of(store: Store) -> list[Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -17,16 +16,6 @@ from worker.returns import annotator_time, capped_seconds, cost_of, worth_gain_o
 from worker.settings import ProjectSettings, parse_project_settings
 from worker.store import Store, projects
 from worker.store import rounds as round_rows
-
-
-@pytest.fixture
-def store(store_url: str) -> Iterator[Store]:
-    made = Store(store_url)
-    made.migrate()
-    with made.write() as connection:
-        connection.execute(insert(projects).values(id=7, connected_at=0.0))
-    yield made
-    made.close()
 
 
 def annotate(store: Store, *rows: tuple[int, int, float | None], **fields: Any) -> None:

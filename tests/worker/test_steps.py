@@ -16,16 +16,6 @@ from worker.store import steps as step_rows
 
 
 @pytest.fixture
-def store(store_url: str) -> Iterator[Store]:
-    made = Store(store_url)
-    made.migrate()
-    with made.write() as connection:
-        connection.execute(insert(projects).values(id=7, connected_at=0.0))
-    yield made
-    made.close()
-
-
-@pytest.fixture
 def conn(redis_url: str) -> Iterator[redis.Redis]:
     connection = queue.connect(redis_url)
     yield connection

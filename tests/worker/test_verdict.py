@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -18,16 +17,12 @@ from worker.verdict import boxes_per_label, class_histories, power_of, prices_of
 
 
 @pytest.fixture
-def store(store_url: str) -> Iterator[Store]:
+def store(store: Store) -> Store:
     """Project 7: tasks 1..200, of which 1..20 are the holdout."""
-    made = Store(store_url)
-    made.migrate()
-    with made.write() as connection:
-        connection.execute(insert(projects).values(id=7, connected_at=0.0))
+    with store.write() as connection:
         rounds.remember_tasks(connection, 7, {number: f"{number}.jpg" for number in range(1, 201)})
         connection.execute(update(tasks).values(holdout=tasks.c.task_id <= 20))
-    yield made
-    made.close()
+    return store
 
 
 def regions(**counts: int) -> list[dict[str, Any]]:
