@@ -11,6 +11,8 @@ of it, and the boxes are read from there. A frame is a window into that scene, s
 
 from __future__ import annotations
 
+import argparse
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -22,6 +24,8 @@ import numpy as np
 import yaml
 from numpy.typing import NDArray
 from PIL import Image
+from rich.console import Console
+from rich.progress import Progress as RichProgress
 
 CLASSES: tuple[str, ...] = ("bolt", "nut", "washer", "gear", "wire", "label_tag", "micro_crack", "surface_pit")
 RARE: tuple[str, ...] = ("micro_crack", "surface_pit")
@@ -93,6 +97,7 @@ class Recipe:
 
 
 DEFAULT_RECIPE = Recipe()
+_SHARE_OF_RARE = "of images that show each of the two rare classes (%(default)s)"
 
 
 @dataclass(frozen=True)
@@ -898,3 +903,34 @@ def write_dataset(
         if progress is not None:
             progress(index + 1, n_images)
     return _write_lists(folder, scenes, seed)
+
+
+def main() -> None:
+    """`python -m demo.factory FOLDER --images 4000`: a labelled dataset for `hardfirst simulate`."""
+    parser = argparse.ArgumentParser(prog="demo.factory", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("folder", type=Path, help="where data.yaml, images and labels go; must be new or empty")
+    parser.add_argument("--images", type=int, default=4000, help="how many (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="the world: another seed, other images (%(default)s)")
+    parser.add_argument("--rare-share", type=float, default=DEFAULT_RECIPE.rare_share, help=_SHARE_OF_RARE)
+    parser.add_argument("--burst-share", type=float, default=DEFAULT_RECIPE.burst_share, help="in bursts (%(default)s)")
+    given = parser.parse_args()
+    if given.folder.exists() and (not given.folder.is_dir() or any(given.folder.iterdir())):
+        parser.error(f"{given.folder} is not an empty folder: name a new one")
+    try:
+        recipe = Recipe(rare_share=given.rare_share, burst_share=given.burst_share)
+        with RichProgress(console=Console(stderr=True), disable=not sys.stderr.isatty()) as shown:
+            bar = shown.add_task("drawing", total=given.images)
+            made = write_dataset(
+                given.folder,
+                given.images,
+                given.seed,
+                recipe=recipe,
+                progress=lambda done, _: shown.update(bar, completed=done),
+            )
+    except ValueError as error:
+        parser.error(str(error))
+    print(made)
+
+
+if __name__ == "__main__":
+    main()

@@ -45,6 +45,7 @@ STRATEGIES: Mapping[str, Strategy] = MappingProxyType(
         "k_center": builtin.k_center,
         "coverage": builtin.coverage,
         "hybrid": builtin.hybrid,
+        "hybrid_k_center": builtin.hybrid_k_center,
         "hybrid_coverage": builtin.hybrid_coverage,
         "committee": builtin.committee,
     }

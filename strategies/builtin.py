@@ -6,11 +6,11 @@ min(batch_size, N) distinct positions in the order annotators should see them; u
 OptionsInvalid, PoolInvalid when the pool lacks the measure or the committee's disagreement, InputInvalid for
 batch_size < 1 or something that is no numpy Generator.
 
-`suppress_duplicates` (off but for the two hybrids and committee) skips rows whose near-duplicate is in the batch or
+`suppress_duplicates` (off but for the hybrids and committee) skips rows whose near-duplicate is in the batch or
 labelled, as far as the pool says: without duplicate_groups and duplicates_of_labelled there is nothing to skip.
 
 Rankings (random, least_confidence, margin, entropy, kmeans, hybrid, committee) take the highest utilities; equal ones
-in row order, that is by key. Greedy walks (k_center, coverage, hybrid_coverage) choose each image in view of those
+in row order, that is by key. Greedy walks (k_center, coverage and their hybrids) choose each image in view of those
 before it: the batch gets utilities falling from 1 to above 0.5, all other rows lie in [0, 0.5].
 """
 
@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 
 from strategies.arrays import Booleans, Integers, as_count
 from strategies.diversity import (
+    Mixture,
     best_kernel,
     fit_kmeans,
     unit_rows,
@@ -132,6 +133,31 @@ def coverage(pool: Pool, batch_size: int, rng: np.random.Generator, options: Opt
     """
     settings = _settings("coverage", batch_size, rng, options)
     return _covering(pool, batch_size, rng, settings, None)
+
+
+def hybrid_k_center(pool: Pool, batch_size: int, rng: np.random.Generator, options: Options = None) -> Selection:
+    """alpha * uncertainty + beta * distance to the nearest image labelled or taken, near-duplicates left out.
+
+    `hybrid` with the distance of `k_center`, over the largest there was at the start, in place of that to a centroid:
+    an image like one that is labelled or in the batch is worth less, by how much it is like it. Rows outside the
+    batch: half of that sum. parts and late as in `k_center`, and "uncertainty" and "uncertainty_scale".
+    """
+    settings = _settings("hybrid_k_center", batch_size, rng, options)
+    alpha, beta = settings["alpha"], settings["beta"]
+    uncertainty, scale = _uncertainty(pool, settings["measure"])
+    duplicates = _duplicates(pool, settings["suppress_duplicates"])
+    mixture = Mixture(uncertainty, alpha, beta)
+    walk = walk_k_center(pool.embeddings, batch_size, pool.labelled_embeddings, *duplicates, mixture)
+    diversity = far_from(walk.distances, walk.high)
+    rest = hybrid_utility(uncertainty, diversity, alpha, beta)
+    diversity[walk.positions] = far_from(walk.pick_distances, walk.high)
+    late: Late = {
+        "anchors": _anchors(pool, walk.positions),
+        "distance_high": walk.high,
+        "uncertainty_scale": scale,
+    }
+    parts = {"uncertainty": uncertainty, "diversity": diversity}
+    return Selection(walk.positions, _walk_utilities(walk.positions, rest), parts, late)
 
 
 def hybrid_coverage(pool: Pool, batch_size: int, rng: np.random.Generator, options: Options = None) -> Selection:

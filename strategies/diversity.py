@@ -166,11 +166,32 @@ def closed_rows(size: int, groups: Integers | None, duplicates_of_labelled: Bool
 @dataclass(frozen=True, eq=False)
 class KCenterWalk:
     """positions (K,) as picked; pick_distances (K,), each to the nearest point labelled or picked before it (infinite
-    for the first pick without labelled points); distances (N,) of all rows after the last pick."""
+    for the first pick without labelled points); distances (N,) of all rows after the last pick; high: the largest
+    finite distance there was at the start or, without labelled points, after the first pick (0: none)."""
 
     positions: Integers
     pick_distances: Vector
     distances: Vector
+    high: float
+
+
+@dataclass(frozen=True, eq=False)
+class Mixture:
+    """What a walk maximises in place of the distance alone: alpha * uncertainty + beta * distance / high.
+
+    uncertainty (N,) in [0, 1]; alpha, beta >= 0.
+    """
+
+    uncertainty: Vector
+    alpha: float
+    beta: float
+
+    def of(self, squares: Vector | Floats, high: float) -> Vector:
+        """(N,) squared distances -> (N,) in [0, alpha + beta]; an infinite distance counts as `high`."""
+        distances = np.sqrt(squares, dtype=np.float64)
+        share = np.where(np.isinf(distances), 1.0, np.minimum(distances / high, 1.0) if high > 0 else 0.0)
+        result: Vector = self.alpha * self.uncertainty + self.beta * share
+        return result
 
 
 def walk_k_center(
@@ -179,8 +200,12 @@ def walk_k_center(
     labelled: ArrayLike | None = None,
     duplicate_groups: ArrayLike | None = None,
     duplicates_of_labelled: ArrayLike | None = None,
+    mixture: Mixture | None = None,
 ) -> KCenterWalk:
-    """`k_center` with its distances; rows of groups already taken (or labelled) wait until nothing else is left."""
+    """`k_center` with its distances; rows of groups already taken (or labelled) wait until nothing else is left.
+
+    With a mixture each pick is the row of the largest one, not the farthest.
+    """
     points = as_embeddings(embeddings)
     anchors = _beside(points, labelled, "labelled")
     picks = min(as_count(k, "k"), len(points))
@@ -190,10 +215,12 @@ def walk_k_center(
     squares = work.squares(points)
     sketch = _Sketch(points, work) if work.dtype == np.float32 else None
     nearest = _nearest_squares(points, anchors).astype(work.dtype)  # squares rank alike, and keep exact ties exact
+    high = _largest_finite(nearest)
     positions = np.zeros(picks, dtype=np.int64)
     pick_distances = np.zeros(picks)
     for turn in range(picks):
-        best = int(np.argmax(np.where(candidates.ready(), nearest, -1)))
+        worth = nearest if mixture is None else mixture.of(nearest, high)
+        best = int(np.argmax(np.where(candidates.ready(), worth, -1)))
         positions[turn], pick_distances[turn] = best, math.sqrt(nearest[best])
         candidates.take(best)
         centre = work(points[best])
@@ -206,7 +233,14 @@ def walk_k_center(
         distances += squares[best]
         nearest[closer] = np.minimum(nearest[closer], np.maximum(distances, 0, out=distances))
         nearest[best] = 0
-    return KCenterWalk(positions, pick_distances, np.sqrt(nearest.astype(np.float64)))
+        if not turn and not len(anchors):
+            high = _largest_finite(nearest)
+    return KCenterWalk(positions, pick_distances, np.sqrt(nearest.astype(np.float64)), high)
+
+
+def _largest_finite(squares: Floats) -> float:
+    """The largest finite distance, from its square; 0 when there is none."""
+    return math.sqrt(squares.max(initial=0.0, where=np.isfinite(squares)))
 
 
 def _products(rows: Floats, chosen: Integers | slice, centre: Floats) -> Floats:

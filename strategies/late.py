@@ -120,9 +120,18 @@ def _committee(images: LateImages, settings: Mapping[str, Any]) -> Vector:
     return hybrid_utility(images.disagreement(), _kmeans(images, settings), settings["alpha"], settings["beta"])
 
 
+def _hybrid_k_center(images: LateImages, settings: Mapping[str, Any]) -> Vector:
+    uncertainty = images.uncertainty(settings["measure"])
+    return REST * hybrid_utility(uncertainty, _far(images), settings["alpha"], settings["beta"])
+
+
 def _k_center(images: LateImages, settings: Mapping[str, Any]) -> Vector:
+    return REST * _far(images)
+
+
+def _far(images: LateImages) -> Vector:
     distances = nearest_distances(images.embeddings, images.matrix("anchors"))
-    return REST * far_from(distances, images.number("distance_high"))
+    return far_from(distances, images.number("distance_high"))
 
 
 def _coverage(images: LateImages, settings: Mapping[str, Any]) -> Vector:
@@ -144,6 +153,7 @@ _LATE: Mapping[str, Callable[[LateImages, Mapping[str, Any]], Vector]] = Mapping
         "k_center": _k_center,
         "coverage": _coverage,
         "hybrid": _hybrid,
+        "hybrid_k_center": _hybrid_k_center,
         "hybrid_coverage": _hybrid_coverage,
         "committee": _committee,
     }

@@ -81,6 +81,7 @@ OPTIONS: Mapping[str, tuple[Option, ...]] = MappingProxyType(
         "k_center": (_KEEP_DUPLICATES,),
         "coverage": (_MAX_REFERENCES, _KEEP_DUPLICATES),
         "hybrid": (_ALPHA, _BETA, _MEASURE, _N_CLUSTERS, _SUPPRESS_DUPLICATES),
+        "hybrid_k_center": (_ALPHA, _BETA, _MEASURE, _SUPPRESS_DUPLICATES),
         "hybrid_coverage": (_MEASURE, _MAX_REFERENCES, _SUPPRESS_DUPLICATES),
         "committee": (_ALPHA_OF_DISAGREEMENT, _BETA, _N_CLUSTERS, _SUPPRESS_DUPLICATES),
     }

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 HIGH, LOW = 0.7, 0.3  # of a part of the utility
 CLEARLY = 0.1  # more uncertain than the drawn boxes explain: it comes from one below the confidence they are drawn from
-_BY_LABELLED = ("k_center", "coverage", "hybrid_coverage")  # diversity is measured against what was taken before
+# their diversity is measured against what was labelled or taken before
+_BY_LABELLED = ("k_center", "coverage", "hybrid_k_center", "hybrid_coverage")
 
 
 def reason(

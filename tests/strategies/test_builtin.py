@@ -165,3 +165,41 @@ def test_coverage_with_few_references_draws_them_from_rng(make_pool):
     pool = make_pool(100)
     picks = {tuple(run_strategy("coverage", pool, 5, seed=s, max_references=3).positions.tolist()) for s in range(4)}
     assert len(picks) > 1
+
+
+def test_hybrid_k_center_by_hand():
+    # labelled at 9; distances 9, 8, 7, 6, 1 of 9
+    pool = Pool.build(range(5), {"least_confidence": [0.0, 0.9, 0.2, 0.9, 1.0]}, [[0.0], [1], [2], [3], [10]], [[9.0]])
+    selection = run_strategy("hybrid_k_center", pool, 2)
+    # row 1 has .63 + .3 * 8/9 = .90 and is taken; then row 3 falls from .83 to .63 + .3 * 2/9 = .70, and row 4 has .73
+    assert selection.positions.tolist() == [1, 4]
+    rest = [0.3 / 9, 0.14 + 0.3 / 9, 0.63 + 0.3 * 2 / 9]
+    assert selection.utilities == pytest.approx([rest[0] / 2, 1, rest[1] / 2, rest[2] / 2, 0.75])
+    assert selection.parts["diversity"] == pytest.approx([1 / 9, 8 / 9, 1 / 9, 2 / 9, 1 / 9])
+    assert selection.parts["uncertainty"] == pytest.approx([0, 0.9, 0.2, 0.9, 1.0])
+    assert selection.late["distance_high"] == 9.0
+
+
+def test_hybrid_k_center_between_its_ends(make_pool):
+    pool = make_pool(200)
+    farthest = run_strategy("hybrid_k_center", pool, 20, alpha=0.0, beta=1.0)
+    assert farthest.positions.tolist() == k_center(pool.embeddings, 20, pool.labelled_embeddings).tolist()
+    surest_last = run_strategy("hybrid_k_center", pool, 20, alpha=1.0, beta=0.0)
+    assert surest_last.positions.tolist() == run_strategy("least_confidence", pool, 20).positions.tolist()
+
+
+def test_hybrid_k_center_with_nothing_labelled_measures_from_its_first_pick():
+    pool = Pool.build(range(4), {"least_confidence": [0.5, 1.0, 1.0, 1.0]}, [[0.0], [1], [1], [5]])
+    selection = run_strategy("hybrid_k_center", pool, 4)
+    assert selection.positions.tolist() == [1, 3, 2, 0]  # the copy of the first still comes before the surer one
+    assert selection.late["distance_high"] == 4.0
+    assert selection.parts["diversity"] == pytest.approx([0.25, 1, 0, 1])
+
+
+def test_hybrid_k_center_spreads_where_hybrid_takes_one_burst():
+    """Ten frames of one scene far from everything: uncertain all, and no near-duplicates to the threshold."""
+    rng = np.random.default_rng(0)
+    burst = np.array([10.0, 0.0]) + rng.normal(scale=0.3, size=(10, 2))
+    others = rng.normal(scale=2.0, size=(40, 2))
+    pool = Pool.build(range(50), {"least_confidence": np.ones(50)}, np.concatenate([burst, others]))
+    assert (run_strategy("hybrid_k_center", pool, 10).positions < 10).sum() <= 2

@@ -13,7 +13,7 @@ from strategies import STRATEGIES, InputInvalid, OptionsInvalid, Pool, PoolInval
 pytestmark = pytest.mark.parametrize("name", STRATEGIES)
 
 MEASURE_NAMES = ("least_confidence", "margin", "entropy")
-GREEDY = {"k_center", "coverage", "hybrid_coverage"}
+GREEDY = {"k_center", "coverage", "hybrid_k_center", "hybrid_coverage"}
 
 
 def select(name, pool, batch_size=5, seed=0, **options) -> Selection:

@@ -19,6 +19,7 @@ def test_every_strategy_has_options_and_a_late_rule():
         "k_center",
         "coverage",
         "hybrid",
+        "hybrid_k_center",
         "hybrid_coverage",
         "committee",
     }
@@ -40,7 +41,7 @@ def test_committee_defaults():
 
 def test_only_the_hybrids_suppress_by_default():
     suppressing = {name for name in STRATEGIES if strategy_options(name)["suppress_duplicates"]}
-    assert suppressing == {"hybrid", "hybrid_coverage", "committee"}
+    assert suppressing == {"hybrid", "hybrid_k_center", "hybrid_coverage", "committee"}
 
 
 @pytest.mark.parametrize("name", STRATEGIES)
