@@ -6,13 +6,14 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import redis
 from hypothesis import settings
 
+from demo.factory import render
 from demo.label_studio_server import PYTHON_VARIABLE, LabelStudioServer
 from worker.processes import running_valkey
 
@@ -87,3 +88,46 @@ def chromium() -> str:
     if found is None:
         pytest.skip("no chromium on PATH for browser tests; on Debian: apt-get install chromium")
     return found
+
+
+@pytest.fixture(scope="session")
+def write_weights() -> Callable[[Path, int, tuple[str, ...]], Path]:
+    """(file, seed, class names) -> that file, with a detector that finds boxes of every confidence in any image."""
+    return _write_weights
+
+
+def _write_weights(file: Path, seed: int, classes: tuple[str, ...]) -> Path:
+    """A yolo11n of random weights whose layers all speak up, so that images differ; most of its confidences are low."""
+    from worker.detector import load_ultralytics
+
+    load_ultralytics()
+    import numpy as np
+    import torch
+    from ultralytics.cfg import DEFAULT_CFG_DICT
+    from ultralytics.nn.tasks import DetectionModel
+
+    torch.manual_seed(seed)
+    model = DetectionModel("yolo11n.yaml", nc=len(classes), verbose=False)
+    model.names = dict(enumerate(classes))
+    norms = [module for module in model.modules() if isinstance(module, torch.nn.BatchNorm2d)]
+    for norm in norms:
+        norm.momentum = 1.0
+    pictures = np.stack([np.asarray(render(9, index, (96, 96))[0]) for index in range(8)])
+    pixels = torch.from_numpy(pictures).permute(0, 3, 1, 2) / 255
+    with torch.no_grad():
+        model.train()(pixels)
+        for norm in norms:
+            norm.momentum = 0.03
+            norm.running_var += norm.running_mean**2  # a channel of large mean would amplify rounding errors
+        head = model.eval().model[-1]
+        logits = model(pixels)[1]["scores"]
+        spread, centre = logits.std((0, 2)), logits.mean((0, 2))
+        for branch in head.cv3:  # confidences from 0 to 1
+            branch[-1].weight.mul_((1.5 / spread)[:, None, None, None])
+            branch[-1].bias.sub_(centre).mul_(1.5 / spread).sub_(2.0)
+        for branch in head.cv2:  # boxes of a few strides, or they would all cover the image
+            branch[-1].weight.mul_(0.3)
+            branch[-1].bias.copy_(-0.6 * torch.arange(16.0).repeat(4))
+    model.args = DEFAULT_CFG_DICT
+    torch.save({"model": model.half(), "train_args": DEFAULT_CFG_DICT, "epoch": -1}, file)
+    return file

@@ -22,11 +22,12 @@ from PIL import Image
 from demo.factory import render
 from strategies import STRATEGIES
 from worker import offline
-from worker.detector import Detector, load_ultralytics, sha256_of
+from worker.detector import Detector, sha256_of
 from worker.errors import BadRequest, Conflict, LabelMismatch, WeightsUnavailable
-from worker.image_sources import ImageReader, find_images, printable
-from worker.offline import Request, check_references, rank, reference_of
+from worker.image_sources import ImageReader, check_references, find_images, printable, reference_of
+from worker.offline import Request, rank
 from worker.offline_results import write_results
+from worker.offline_scores import folder_of_one
 from worker.settings import ProjectSettings, Settings
 from worker.uncertainty import measures_of
 
@@ -36,45 +37,12 @@ IMGSZ = 64
 CLASSES = ("bolt", "nut", '<script>alert("1")</script>')
 
 Run = Callable[..., offline.Ranking]
+WriteWeights = Callable[[Path, int, tuple[str, ...]], Path]
 
 
 @pytest.fixture(scope="module")
-def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_weights(tmp_path_factory.mktemp("weights") / "current.pt", seed=1)
-
-
-def write_weights(file: Path, seed: int, classes: tuple[str, ...] = CLASSES) -> Path:
-    """A yolo11n of random weights whose layers all speak up, so that images differ; most of its confidences are low."""
-    load_ultralytics()
-    import torch
-    from ultralytics.cfg import DEFAULT_CFG_DICT
-    from ultralytics.nn.tasks import DetectionModel
-
-    torch.manual_seed(seed)
-    model = DetectionModel("yolo11n.yaml", nc=len(classes), verbose=False)
-    model.names = dict(enumerate(classes))
-    norms = [module for module in model.modules() if isinstance(module, torch.nn.BatchNorm2d)]
-    for norm in norms:
-        norm.momentum = 1.0
-    pictures = np.stack([np.asarray(render(9, index, (96, 96))[0]) for index in range(8)])
-    pixels = torch.from_numpy(pictures).permute(0, 3, 1, 2) / 255
-    with torch.no_grad():
-        model.train()(pixels)
-        for norm in norms:
-            norm.momentum = 0.03
-            norm.running_var += norm.running_mean**2  # a channel of large mean would amplify rounding errors
-        head = model.eval().model[-1]
-        logits = model(pixels)[1]["scores"]
-        spread, centre = logits.std((0, 2)), logits.mean((0, 2))
-        for branch in head.cv3:  # confidences from 0 to 1
-            branch[-1].weight.mul_((1.5 / spread)[:, None, None, None])
-            branch[-1].bias.sub_(centre).mul_(1.5 / spread).sub_(2.0)
-        for branch in head.cv2:  # boxes of a few strides, or they would all cover the image
-            branch[-1].weight.mul_(0.3)
-            branch[-1].bias.copy_(-0.6 * torch.arange(16.0).repeat(4))
-    model.args = DEFAULT_CFG_DICT
-    torch.save({"model": model.half(), "train_args": DEFAULT_CFG_DICT, "epoch": -1}, file)
-    return file
+def weights(tmp_path_factory: pytest.TempPathFactory, write_weights: WriteWeights) -> Path:
+    return write_weights(tmp_path_factory.mktemp("weights") / "current.pt", 1, CLASSES)
 
 
 @pytest.fixture(scope="module")
@@ -227,8 +195,10 @@ def test_labelled_images_are_not_chosen_nor_what_looks_like_them(run: Run, folde
 
 
 @pytest.mark.slow  # three networks, each exported
-def test_a_committee_needs_members_that_can_disagree(run: Run, weights: Path, tmp_path: Path) -> None:
-    others = [write_weights(tmp_path / f"{seed}.pt", seed) for seed in (2, 3)]
+def test_a_committee_needs_members_that_can_disagree(
+    run: Run, weights: Path, tmp_path: Path, write_weights: WriteWeights
+) -> None:
+    others = [write_weights(tmp_path / f"{seed}.pt", seed, CLASSES) for seed in (2, 3)]
     ranking = run(weights=(weights, *others))
     assert ranking.batch.strategy == "committee"
     assert np.isfinite(ranking.table.disagreement).all()
@@ -369,7 +339,7 @@ def test_a_changed_image_a_new_one_and_a_damaged_part_are_scored_again(
 def test_two_at_once_in_one_folder(run: Run, tmp_path: Path) -> None:
     run()
     with (
-        offline._folder_of_one(tmp_path / "out" / ".state"),
+        folder_of_one(tmp_path / "out" / ".state", "score"),
         pytest.raises(Conflict, match="name another --out"),
     ):
         run()
