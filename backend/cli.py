@@ -64,6 +64,22 @@ def doctor(
 
 
 @app.command()
+def report(
+    project: Annotated[
+        list[int] | None, typer.Option(help="Label Studio's id of a project, repeatable. Default: all connected.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder, or for one project a file that ends in .html. Default: this folder.")
+    ] = None,
+    data: Annotated[Path | None, typer.Option(help="Data folder. Default: HARDFIRST_DATA_DIR.")] = None,
+) -> None:
+    """Write each project's report, hardfirst-p<ID>.html, and its numbers (.json) from the store alone: no server."""
+    from backend import report_command
+
+    report_command.run(load_settings(**_given(data_dir=data)), project or [], out)
+
+
+@app.command()
 def demo(
     exit_: Annotated[bool, typer.Option("--exit", help="Stop everything at the end and print one JSON line.")] = False,
     data: Annotated[

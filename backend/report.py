@@ -9,22 +9,24 @@ from __future__ import annotations
 import base64
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from concurrent.futures import TimeoutError as TookTooLong
-from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 from fastapi import APIRouter, Response
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from backend import batch_view, curve_view, settings_view, views
+from backend import batch_view, curve_view, report_view, settings_view, views
 from backend.admin import ERRORS, ProjectId, make_thumbnail, moment_words, number_words, signed_words, thumbnail_path
 from backend.curve_view import CurveView
 from backend.ml_api import Own
+from backend.report_charts import Chart, Point, curve_chart, small_chart
+from backend.report_view import Json
 from backend.views import BatchTask
+from worker.composition import RARE_SHARE
 from worker.errors import HardfirstError
 from worker.services import Services
 from worker.store import tasks
@@ -33,10 +35,17 @@ THUMBNAILS = 24  # about 15 kB each
 THUMBNAIL_SECONDS = 10.0  # for all that are not at hand
 AT_ONCE = 4
 DRAWING = threading.BoundedSemaphore(AT_ONCE)  # of all reports: a large image takes hundreds of MB for a moment
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 760, 300, 52, 20, 14, 40  # of the chart, and its margins
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 
 router = APIRouter(tags=["admin"])
+
+
+@dataclass(frozen=True)
+class Report:
+    """The page, and its numbers in the shape of a simulation's `results.json`."""
+
+    html: str
+    results: Json
 
 
 @router.get(
@@ -55,10 +64,16 @@ def download_report(project_id: ProjectId, own: Own) -> Response:
 
 
 def render_report(own: Services, project_id: int, thumbnails: int = THUMBNAILS) -> str:
-    """The report as HTML.
+    """The report as HTML; see `make_report`."""
+    return make_report(own, project_id, thumbnails).html
+
+
+def make_report(own: Services, project_id: int, thumbnails: int = THUMBNAILS, fetch: bool = True) -> Report:
+    """The report as HTML, and its numbers.
 
     Args:
         thumbnails: at most so many of the batch, in rank order; those that cannot be had in time are left out.
+        fetch: images whose thumbnail is not kept from before are asked for.
 
     Raises:
         NotFound: the project is not connected.
@@ -68,6 +83,7 @@ def render_report(own: Services, project_id: int, thumbnails: int = THUMBNAILS) 
         project = views.project_view(connection, project_id, {}, url)
         measuring = curve_view.measuring_view(connection, project_id)
         settings = settings_view.settings_view(connection, project_id)
+        live = report_view.live_view(connection, project_id)
         batch = batch_view.explained(
             connection, own, project_id, views.batch_view(connection, project_id, url, 0, max(thumbnails, 1))
         )
@@ -80,7 +96,8 @@ def render_report(own: Services, project_id: int, thumbnails: int = THUMBNAILS) 
             )
         }
     shown = batch.tasks[:thumbnails]
-    return (
+    results = report_view.live_results(own, live)
+    html = (
         _template()
         .get_template("report.html")
         .render(
@@ -89,12 +106,41 @@ def render_report(own: Services, project_id: int, thumbnails: int = THUMBNAILS) 
             settings=settings,
             batch=batch,
             shown=shown,
-            pictures=_pictures(own, project_id, shown, images),
+            pictures=_pictures(own, project_id, shown, images, fetch),
             chart=curve_chart(measuring.curve),
-            made_at=time.time(),
+            results=results,
+            charts=small_charts(results, measuring.curve),
+            rare_share=RARE_SHARE,
+            made_at=results["made_at"],
             policy=POLICY,
         )
     )
+    return Report(html, results)
+
+
+def small_charts(results: Json, curve: CurveView) -> dict[str, Chart | None]:
+    """mAP50 against `boxes` and annotators' `minutes`, and the `rare` classes' mean AP50 against labels."""
+    rounds: Sequence[Json] = results["runs"][0]["rounds"]
+    ends = {point.round_number: (point.low, point.high) for point in curve.points}
+    found: dict[str, Chart | None] = {
+        name: small_chart([_point(one, name, *ends.get(one["number"], (None, None))) for one in rounds if one[name]])
+        for name in ("boxes", "minutes")
+    }
+    rare = [one for one in rounds if one["rare_ap50"] is not None]
+    return found | {
+        "rare": small_chart(
+            [
+                Point(one["labels"], one["rare_ap50"], None, None,
+                      f"round {one['number']}: {one['labels']} labels, mean AP50 {one['rare_ap50']:.3f}")
+                for one in rare
+            ]
+        )
+    }  # fmt: skip
+
+
+def _point(one: Json, name: str, low: float | None, high: float | None) -> Point:
+    words = f"round {one['number']}: {one[name]:,.0f} {name}, mAP50 {one['map50']:.3f}"
+    return Point(one[name], one["map50"], low, high, words)
 
 
 @cache
@@ -118,125 +164,48 @@ def _template() -> Environment:
 # --- thumbnails ------------------------------------------------------------------------------------------------------
 
 
-def _pictures(own: Services, project_id: int, shown: Sequence[BatchTask], images: Mapping[int, str]) -> dict[int, str]:
+def _pictures(
+    own: Services, project_id: int, shown: Sequence[BatchTask], images: Mapping[int, str], fetch: bool
+) -> dict[int, str]:
     """Task id -> data: URI. Those at hand, and those that come within the time; without Label Studio none comes."""
+    deadline = time.monotonic() + THUMBNAIL_SECONDS
+    jobs = {
+        one.task_id: _in_background(partial(_thumbnail, own, project_id, one.task_id, images[one.task_id], deadline))
+        for one in shown
+        if one.task_id in images
+        and (fetch or thumbnail_path(own, project_id, one.task_id, images[one.task_id]).is_file())
+    }
     found: dict[int, str] = {}
-    with _hands() as pool:
-        jobs = {
-            one.task_id: pool.submit(_thumbnail, own, project_id, one.task_id, images[one.task_id])
-            for one in shown
-            if one.task_id in images
-        }
-        deadline = time.monotonic() + THUMBNAIL_SECONDS
-        for task_id, job in jobs.items():
-            try:
-                content = job.result(max(deadline - time.monotonic(), 0.0))
-            except (HardfirstError, OSError, TookTooLong):  # OSError: no room for it, or somebody emptied the cache
-                continue  # the report has a box that says so
-            found[task_id] = "data:image/jpeg;base64," + base64.b64encode(content).decode()
+    for task_id, job in jobs.items():
+        try:
+            content = job.result(max(deadline - time.monotonic(), 0.0))
+        except (HardfirstError, OSError, TookTooLong):  # OSError: no room for it, or somebody emptied the cache
+            continue  # the report has a box that says so
+        found[task_id] = "data:image/jpeg;base64," + base64.b64encode(content).decode()
     return found
 
 
-@contextmanager
-def _hands() -> Iterator[ThreadPoolExecutor]:
-    """Threads that nobody waits for at the end: an image may take longer than the report does."""
-    pool = ThreadPoolExecutor(AT_ONCE, thread_name_prefix="report")
-    try:
-        yield pool
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
+def _in_background(work: Callable[[], bytes]) -> Future[bytes]:
+    """In a thread that nobody waits for, not even the end of a command: an image may take longer than the report."""
+    job: Future[bytes] = Future()
+
+    def run() -> None:
+        try:
+            job.set_result(work())
+        except BaseException as error:  # noqa: BLE001 - whoever asks for the result gets it
+            job.set_exception(error)
+
+    threading.Thread(target=run, name="report", daemon=True).start()
+    return job
 
 
-def _thumbnail(own: Services, project_id: int, task_id: int, image: str) -> bytes:
+def _thumbnail(own: Services, project_id: int, task_id: int, image: str, deadline: float) -> bytes:
     path = thumbnail_path(own, project_id, task_id, image)
     if not path.is_file():
-        with DRAWING:
+        if not DRAWING.acquire(timeout=max(deadline - time.monotonic(), 0.0)):
+            raise TookTooLong
+        try:
             make_thumbnail(own, task_id, image, path)
+        finally:
+            DRAWING.release()
     return path.read_bytes()
-
-
-# --- the learning curve ----------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Tick:
-    at: float
-    words: str
-
-
-@dataclass(frozen=True)
-class Spot:
-    """A measured round, or what is expected of the next: pixels of the chart; `low` and `high` end its interval."""
-
-    x: float
-    y: float
-    low: float | None
-    high: float | None
-    words: str
-
-
-@dataclass(frozen=True)
-class Chart:
-    """The learning curve in a picture of WIDTH x HEIGHT: points, fitted line, band; ticks of both axes."""
-
-    spots: list[Spot]
-    expected: Spot | None
-    curve: str
-    fit: str
-    band: str
-    knee: Tick | None
-    across: list[Tick]
-    up: list[Tick]
-    width: int = WIDTH
-    height: int = HEIGHT
-    left: int = LEFT
-    right: int = WIDTH - RIGHT
-    floor: int = HEIGHT - BOTTOM
-    top: int = TOP
-
-
-def curve_chart(curve: CurveView) -> Chart | None:
-    """None: nothing was measured yet."""
-    if not curve.points:
-        return None
-    next_ = curve.next
-    furthest = max([point.labels for point in curve.points] + [next_.labels if next_ else 1, 1])
-    tops = [max(point.map50, point.high or 0.0) for point in curve.points] + [next_.high if next_ else 0.0, 0.1]
-    x_ticks, y_ticks = nice_ticks(furthest), nice_ticks(min(max(tops), 1.0))
-    most_x, most_y = max(furthest * 1.04, x_ticks[-1]), y_ticks[-1]
-
-    def x(labels: float) -> float:
-        return round(LEFT + (WIDTH - LEFT - RIGHT) * labels / most_x, 1)
-
-    def y(map50: float) -> float:
-        return round(HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * min(max(map50 / most_y, 0.0), 1.0), 1)
-
-    def spot(labels: int, map50: float, low: float | None, high: float | None, words: str) -> Spot:
-        told = f"{words}: {labels} labels, mAP50 {map50:.3f}"
-        told += "" if low is None or high is None else f" ({low:.3f} to {high:.3f})"
-        return Spot(x(labels), y(map50), None if low is None else y(low), None if high is None else y(high), told)
-
-    spots = [spot(p.labels, p.map50, p.low, p.high, f"round {p.round_number}") for p in curve.points]
-    band = [(x(at), y(high)) for at, _, high in curve.band] + [(x(at), y(low)) for at, low, _ in reversed(curve.band)]
-    return Chart(
-        spots=spots,
-        expected=spot(next_.labels, next_.map50, next_.low, next_.high, "expected of the next") if next_ else None,
-        curve=_polyline([(one.x, one.y) for one in spots]),
-        fit=_polyline([(x(at), y(map50)) for at, map50 in curve.line]),
-        band=_polyline(band),
-        knee=Tick(x(curve.knee), f"knee: {curve.knee} labels") if curve.knee is not None else None,
-        across=[Tick(x(tick), f"{tick:g}") for tick in x_ticks],
-        up=[Tick(y(tick), f"{tick:.2g}") for tick in y_ticks],
-    )
-
-
-def _polyline(points: Sequence[tuple[float, float]]) -> str:
-    return " ".join(f"{x:g},{y:g}" for x, y in points)
-
-
-def nice_ticks(most: float) -> list[float]:
-    """0 and three to seven round steps, the last at or above `most` (> 0)."""
-    power = 10.0 ** (len(f"{most:.0f}") - 1) if most >= 1 else 0.1
-    step = next(factor * power for factor in (0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10) if most / (factor * power) <= 6.5)
-    count = int(most / step) + (1 if most / step > int(most / step) + 1e-9 else 0)
-    return [round(step * index, 10) for index in range(max(count, 1) + 1)]

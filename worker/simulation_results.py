@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import platform
 import sys
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from typing import Any
@@ -19,11 +20,11 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from worker.arms import Arm
+from worker.composition import contents, mean_ap50, rare_names
 from worker.evaluation import EvaluationArrays, bootstrap_map50
 from worker.simulate import Bench, Plan, Step
 from worker.simulation_world import World
 
-RARE_SHARE = 0.06  # of the images: a class in fewer is rare unless --rare names others
 LEVEL = 0.95
 SAMPLES = 500  # of the holdout's images
 PACKAGES = ("numpy", "scikit-learn", "torch", "ultralytics", "openvino")
@@ -60,7 +61,7 @@ def rare_classes(world: World, named: Sequence[str]) -> list[str]:
     if named:
         return list(named)
     images = len(world.pool) + len(world.holdout)
-    return [name for name, count in world.images_per_class.items() if 0 < count < RARE_SHARE * images]
+    return rare_names(world.images_per_class, images)
 
 
 def _data(bench: Bench, rare: Sequence[str]) -> Json:
@@ -115,7 +116,6 @@ def _run(bench: Bench, arm: Arm, seed: int, rare: Sequence[str]) -> Json:
 def _round(bench: Bench, record: Json, before: Json | None, rare: Sequence[str]) -> Json:
     plan, trained, measured = bench.plan, record["trained"], record["measured"]
     labels, boxes = len(trained["images"]), trained["n_boxes"]
-    rare_ap = [measured["ap50"][name] for name in rare if name in measured["ap50"]]
     chosen = record["next_batch"]
     return {
         "round": record["round"],
@@ -124,7 +124,7 @@ def _round(bench: Bench, record: Json, before: Json | None, rare: Sequence[str])
         "minutes": round((labels * plan.seconds_per_image + boxes * plan.seconds_per_box) / 60, 2),
         "map50": measured["map50"],
         "map50_95": measured["map50_95"],
-        "rare_ap50": float(np.mean(rare_ap)) if rare_ap else None,
+        "rare_ap50": mean_ap50(measured["ap50"], rare),
         "ap50": measured["ap50"],
         "ap50_95": measured["ap50_95"],
         "batch": _batch(bench.world, record["labelled"], before, rare),
@@ -144,13 +144,11 @@ def _batch(world: World, labelled: Sequence[int], before: Json | None, rare: Seq
     earlier = before["labelled"] if before else []
     chosen = before["next_batch"] if before else {}
     pictures = [world.by_id[task_id] for task_id in labelled[len(earlier) :]]
-    rare_ids = [world.names.index(name) for name in rare]
+    counts = [Counter(world.names[class_id] for class_id in picture.truth.class_ids) for picture in pictures]
     alike = world.alike([picture.task_id for picture in pictures], earlier)
     return {
         "images": [picture.name for picture in pictures],
-        "boxes": int(sum(len(picture.truth.class_ids) for picture in pictures)),
-        "empty_images": sum(not len(picture.truth.class_ids) for picture in pictures),
-        "rare_images": sum(bool(np.isin(picture.truth.class_ids, rare_ids).any()) for picture in pictures),
+        **contents(counts, rare),
         "near_duplicates": [world.by_id[task_id].name for task_id in alike],
         "tied": chosen.get("tied"),
         "utilities": chosen.get("utilities", []),

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from worker.composition import alike_earlier
 from worker.dataset import MIN_BOX, MIN_SIDE, TaskTruth
 from worker.descriptor import describe
 from worker.errors import BadRequest, ImageUnusable
@@ -80,9 +81,8 @@ class World:
         """Those of a batch that look like an image labelled before, or earlier in the batch."""
         earlier = list(before)
         rows = [self._row_of[task_id] for task_id in (*earlier, *batch)]
-        seen = self.descriptors[rows]
-        alike = seen[len(earlier) :] @ seen.T > LOOK_ALIKE
-        return [task_id for place, task_id in enumerate(batch) if alike[place, : len(earlier) + place].any()]
+        alike = alike_earlier(self.descriptors[rows], LOOK_ALIKE)[len(earlier) :]
+        return [task_id for task_id, is_alike in zip(batch, alike, strict=True) if is_alike]
 
     @cached_property
     def _row_of(self) -> dict[int, int]:

@@ -12,7 +12,6 @@ from sqlalchemy import insert, update
 
 from backend import report
 from backend.app import create_app
-from backend.curve_view import CurvePointView, CurveView
 from demo import history
 from worker.errors import NotFound
 from worker.services import Services
@@ -39,9 +38,18 @@ def test_everything_is_in_one_file(own: Services) -> None:
     fill(own)
     html = report.render_report(own, 1, thumbnails=5)
     assert html.count('src="data:image/jpeg;base64,') == 5
-    assert html.count('class="spot"') == 3
+    assert html.count('class="spot"') == 3 * 4  # against labels, boxes and minutes, and the rare class
     assert re.findall(r'(?:src|href)="(?!data:)[^"]*"|url\(|@import|<script', html) == []
-    for heading in ("Verdict", "Learning curve", "Rounds", "AP50 by class", "Current batch", "Settings"):
+    for heading in (
+        "Verdict",
+        "Learning curve",
+        "Rounds",
+        "AP50 by class",
+        "Rare classes: micro_crack<",
+        "What each batch held",
+        "Current batch",
+        "Settings",
+    ):
         assert f"<h2>{heading}" in html
     assert '<th>batch_size</th><td class="value">20</td><td class="muted">the project</td>' in html
 
@@ -60,6 +68,7 @@ def test_a_project_without_rounds(own: Services) -> None:
         connection.execute(insert(projects).values(id=3, title="New", connected_at=1.0))
     html = report.render_report(own, 3)
     assert "nothing measured yet" in html
+    assert 'What each batch held</h2>\n<p class="muted">None is labelled yet.' in html
     assert "No batch is published yet." in html
     with pytest.raises(NotFound, match="project 4 is not connected"):
         report.render_report(own, 4)
@@ -81,35 +90,6 @@ def test_it_is_downloaded_under_its_own_policy(own: Services) -> None:
     assert answer.headers["content-disposition"] == 'attachment; filename="hardfirst-p1.html"'
     assert answer.headers["content-security-policy"] == report.POLICY
     assert client.get("/api/projects/9/report.html").status_code == 404
-
-
-def test_the_chart_has_the_points_where_the_axes_say() -> None:
-    points = [
-        CurvePointView(round_number=1, labels=0, map50=0.0, low=None, high=None),
-        CurvePointView(round_number=2, labels=100, map50=0.5, low=0.4, high=0.6),
-    ]
-    curve = CurveView(points=points, level=0.9, line=[], band=[], next=None, knee=None, fit_words="", agrees=None)
-    chart = report.curve_chart(curve)
-    assert chart is not None
-    assert [tick.words for tick in chart.up] == ["0", "0.1", "0.2", "0.3", "0.4", "0.5", "0.6"]
-    assert (chart.spots[0].x, chart.spots[0].y) == (chart.left, chart.floor)
-    at = {tick.words: tick.at for tick in chart.up}
-    assert (chart.spots[1].y, chart.spots[1].low, chart.spots[1].high) == (at["0.5"], at["0.4"], at["0.6"])
-    assert chart.spots[1].words == "round 2: 100 labels, mAP50 0.500 (0.400 to 0.600)"
-    assert report.curve_chart(curve.model_copy(update={"points": []})) is None
-
-
-@pytest.mark.parametrize(
-    ("most", "ticks"),
-    [
-        (1.0, [0, 0.2, 0.4, 0.6, 0.8, 1.0]),
-        (0.1, [0, 0.02, 0.04, 0.06, 0.08, 0.1]),
-        (2600, [0, 500, 1000, 1500, 2000, 2500, 3000]),
-        (7, [0, 2, 4, 6, 8]),
-    ],
-)
-def test_ticks_are_round_and_reach_the_end(most: float, ticks: list[float]) -> None:
-    assert report.nice_ticks(most) == pytest.approx(ticks)
 
 
 def test_a_full_disk_costs_the_pictures_and_not_the_report(own: Services, monkeypatch: pytest.MonkeyPatch) -> None:
