@@ -5,7 +5,7 @@ MAKEFLAGS += --no-print-directory
 RUN := scripts/py
 WITH_LABEL_STUDIO := python="$$(scripts/setup.sh label-studio)" && HARDFIRST_LABEL_STUDIO_PYTHON="$$python"
 
-.PHONY: help demo up test check lint bench screenshots lock python
+.PHONY: help demo up test check lint bench screenshots label-studio-screenshots lock python
 
 help:
 	@echo "make demo    the whole loop on generated images, with a Label Studio and scripted annotators"
@@ -14,6 +14,7 @@ help:
 	@echo "make check   lint, types and the fast tests, in under two minutes"
 	@echo "make bench   the benchmarks"
 	@echo "make screenshots   the README's pictures, of a generated project"
+	@echo "make label-studio-screenshots   those of docs/label-studio.md: a Label Studio, one round"
 	@echo "make lock    compile requirements.lock anew"
 	@echo "make python  print the interpreter that has our packages"
 
@@ -40,6 +41,10 @@ bench:
 screenshots:
 	@scripts/chromium.sh
 	@$(RUN) -m scripts.screenshots
+
+label-studio-screenshots:
+	@scripts/chromium.sh
+	@$(WITH_LABEL_STUDIO) $(RUN) -m scripts.label_studio_screenshots
 
 lock:
 	@scripts/lock.sh

@@ -30,7 +30,7 @@ from pydantic import BaseModel, ConfigDict, StrictBool
 from redis import Redis
 from sqlalchemy import select
 
-from backend import batch_view, curve_view, operations_view, settings_view, suspects_view, views
+from backend import batch_view, curve_view, doctor_view, operations_view, settings_view, suspects_view, views
 from backend.ml_api import Own, send_waiting
 from backend.payloads import MAX_ID
 from backend.views import BatchView, ProjectCard, ProjectStatus, ProjectView, RoundView
@@ -54,9 +54,11 @@ STATIC = {
     "admin.css": "text/css",
     "operations.css": "text/css",
     "curve.css": "text/css",
+    "doctor.css": "text/css",
     "admin.js": "text/javascript",
     "operations.js": "text/javascript",
     "curve.js": "text/javascript",
+    "doctor.js": "text/javascript",
     "favicon.svg": "image/svg+xml",
 }
 PLOTLY = "plotly.js"
@@ -216,18 +218,10 @@ class Neighbours:
 
 def label_studio_problem(own: Services) -> str:
     """Why Label Studio cannot be worked with, in words; empty when it can."""
-    url = own.settings.label_studio_url
     try:
-        headers = own.label_studio.auth_headers()
-        status = httpx.get(f"{url}/api/current-user/whoami", headers=headers, timeout=5.0).status_code
-    except HardfirstError as error:
+        own.label_studio.check_token()
+    except (HardfirstError, httpx.InvalidURL) as error:
         return str(error)
-    except (httpx.HTTPError, httpx.InvalidURL) as error:
-        return f"Label Studio at {url} does not answer ({type(error).__name__}). Rounds wait until it is back."
-    if status in (401, 403):
-        return f"Label Studio at {url} refused LABEL_STUDIO_API_KEY (HTTP {status}). Account & Settings -> Access Token"
-    if status == 429 or status >= 500:
-        return f"Label Studio at {url} answers HTTP {status}. Rounds wait until it is well."
     return ""
 
 
@@ -270,7 +264,18 @@ def show_status(project_id: ProjectId, own: Own, around: Around) -> LiveStatus:
     progress = around.progress(own, project_id)
     with own.store.read() as connection:
         status = views.status_of(connection, get_project(connection, project_id), progress)
-    return LiveStatus(**dict(status), away=around.away(own))
+    away = around.away(own)
+    return LiveStatus(**dict(told_once(status, away)), away=away)
+
+
+def told_once(status: ProjectStatus, away: list[str]) -> ProjectStatus:
+    """Without the sentences that the page's first banners say: what a step waits for is said there already."""
+    detail = status.now.detail
+    for sentence in away:
+        detail = detail.replace(f": {sentence}", ".")
+    problem = None if status.problem in away else status.problem
+    now = status.now.model_copy(update={"detail": detail})
+    return status.model_copy(update={"now": now, "problem": problem})
 
 
 @router.get("/api/projects/{project_id}/rounds", responses=ERRORS)
@@ -440,8 +445,8 @@ def _drafted(content: bytes, max_pixels: int) -> Image.Image | None:
             return None
         image.draft("RGB", (2 * THUMBNAIL_SIDE, 2 * THUMBNAIL_SIDE))
         image.load()
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
-        return None  # the full decoder says what is wrong with it
+    except (OSError, SyntaxError, ValueError, ImportError, Image.DecompressionBombError):
+        return None  # the full decoder says what is wrong with it (ImportError: ultralytics patches Image.open)
     plain = to_rgb(upright(image)).copy()
     plain.info = {}
     return plain
@@ -467,7 +472,8 @@ def _placeholder(words: str, status: int) -> Response:
 @router.get("/", include_in_schema=False)
 def overview_page(request: Request, own: Own, around: Around) -> HTMLResponse:
     found = list_projects(own, around)
-    return render(request, own, "overview.html", cards=found, away=around.away(own))
+    doctor = doctor_view.examiner_of(own).view(None)
+    return render(request, own, "overview.html", cards=found, away=around.away(own), doctor=doctor, doctor_of=None)
 
 
 @router.get("/projects/{project_id}", include_in_schema=False)
@@ -484,9 +490,12 @@ def project_page(
         work = operations_view.work_view(connection, project_id, around.ask_queue(own, crew.crew))
         settings = settings_view.settings_view(connection, project_id)
     suspects = suspects_view.suspects_of(own, around.ask_queue, project_id)
+    away = around.away(own)
+    project = project.model_copy(update={"status": told_once(project.status, away)})
     return render(
         request, own, "project.html", project=project, batch=batch, measuring=measuring, page=views.PAGE,
-        work=work, settings=settings, suspects=suspects, away=around.away(own),
+        work=work, settings=settings, suspects=suspects, away=away,
+        doctor=doctor_view.examiner_of(own).view(project_id), doctor_of=project_id,
     )  # fmt: skip
 
 

@@ -18,7 +18,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from backend import admin, curve, metrics, ml_api, operations, report
+from backend import admin, curve, doctor_api, metrics, ml_api, operations, report
 from worker import queue, steps
 from worker.boxes import LabelMap
 from worker.errors import BadRequest, HardfirstError, NotAuthorised, QueueUnavailable
@@ -45,6 +45,7 @@ def create_app(settings: Settings) -> FastAPI:
     app.include_router(admin.router)
     app.include_router(curve.router)
     app.include_router(operations.router)
+    app.include_router(doctor_api.router)
     app.include_router(report.router)
     app.middleware("http")(_guard)
     app.add_exception_handler(HardfirstError, _on_our_error)

@@ -41,7 +41,7 @@ def up(
         )
         typer.echo(f"store {_without_password(settings.store_url)}, queue {_without_password(redis_url)}")
         if not settings.api_key:
-            typer.echo("No token: Label Studio: Account & Settings -> Access Token; set LABEL_STUDIO_API_KEY")
+            typer.echo("No token: Label Studio: Account & Settings -> Personal Access Token; set LABEL_STUDIO_API_KEY")
 
     asyncio.run(supervisor.run(children, secrets=supervisor.secrets_of(settings), on_ready=say_where))
 
@@ -238,6 +238,61 @@ def score(
             label_config=label_config,
             image_url_prefix=image_url_prefix,
             local_files_root=local_files_root,
+        )
+    )
+
+
+@app.command()
+def upload(
+    images: Annotated[
+        list[str],
+        typer.Argument(
+            help="A folder (with all in it), a glob, a text list of paths, or a URL such as s3://bucket/pool."
+        ),
+    ],
+    project: Annotated[int | None, typer.Option(help="Label Studio's id of the project, as in its address.")] = None,
+    new: Annotated[str | None, typer.Option(help="Title of a project to make; is it there, to go on in.")] = None,
+    classes: Annotated[str, typer.Option(help="Labels of the new project: bolt,nut,washer.")] = "",
+    label_config: Annotated[Path | None, typer.Option(help="Label config (XML) of the new project.")] = None,
+    local_files_root: Annotated[
+        Path | None,
+        typer.Option(
+            help="Label Studio serves local files from this folder (its LABEL_STUDIO_LOCAL_FILES_DOCUMENT_ROOT; the "
+            "project needs a local storage that covers them): nothing is copied."
+        ),
+    ] = None,
+    image_url_prefix: Annotated[
+        str | None,
+        typer.Option(help="Browsers open an image at this address + its path below IMAGES: nothing is copied."),
+    ] = None,
+    copy: Annotated[
+        bool, typer.Option("--copy", help="Upload what is named by URL, too. Default: s3:// stays, for a storage.")
+    ] = False,
+    near_duplicate_threshold: Annotated[
+        float, typer.Option(min=0.5, max=1, help="Cosine above which two images are reported as alike.")
+    ] = 0.99,
+    out: Annotated[Path, typer.Option(help="Folder for the report; what was read is kept there.")] = Path(
+        "hardfirst-upload"
+    ),
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and change nothing.")] = False,
+) -> None:
+    """Bring images into a Label Studio project, none twice. Stopped, the same command goes on."""
+    from backend import upload_command
+    from worker.upload import Request
+
+    upload_command.run(
+        Request(
+            sources=tuple(images),
+            project_id=project,
+            new=new,
+            classes=tuple(dict.fromkeys(name.strip() for name in classes.split(",") if name.strip())),
+            label_config=label_config,
+            local_files_root=local_files_root,
+            image_url_prefix=image_url_prefix,
+            copy=copy,
+            near_duplicate_threshold=near_duplicate_threshold,
+            out=out,
+            dry_run=dry_run,
         )
     )
 

@@ -37,6 +37,7 @@ class SetupRequest(Payload):
     project: ProjectId
     label_config: str = Field("", alias="schema", max_length=1_000_000)
     extra_params: Any = None
+    access_token: Any = Field(None, repr=False)  # of who connected us: worker.credentials.SetupToken
 
 
 class SetupResponse(BaseModel):
@@ -78,7 +79,9 @@ class Prediction(BaseModel):
 
 
 class PredictResponse(BaseModel):
-    results: list[Prediction]
+    """One entry per task. An empty list where there is no prediction yet: Label Studio then stores none."""
+
+    results: list[Prediction | list[Prediction]]
 
 
 class AnnotationPayload(Payload):

@@ -27,7 +27,7 @@ def run(request: Request) -> None:
     console = Console(highlight=False, soft_wrap=True)
     try:
         settings = load_settings()
-        with _stopped_politely(), _bar() as bar:
+        with stopped_politely(), progress_bar() as bar:
             task = bar.add_task("reading", total=None, rate="")
 
             def progress(done: int, total: int) -> None:
@@ -48,7 +48,7 @@ def run(request: Request) -> None:
         console.print(line, markup=False)
 
 
-def _bar() -> Progress:
+def progress_bar() -> Progress:
     """On stderr, and only where somebody looks."""
     return Progress(
         TextColumn("{task.description}"),
@@ -67,7 +67,7 @@ def _rate(per_second: float | None) -> str:
 
 
 @contextmanager
-def _stopped_politely() -> Iterator[None]:
+def stopped_politely() -> Iterator[None]:
     """A `kill` ends as Ctrl-C does: with what was scored kept."""
 
     def stop(number: int, frame: object) -> None:
@@ -85,7 +85,7 @@ def summary(ranking: Ranking, files: list[Path]) -> Iterator[str]:
     request = ranking.request
     usable = int(ranking.table.usable[: ranking.n_pool].sum())
     known = len(ranking.images) - ranking.fresh
-    how = f"{ranking.fresh:,} scored in {_seconds(ranking.seconds)}"
+    how = f"{ranking.fresh:,} scored in {in_words(ranking.seconds)}"
     how += f" ({_rate(ranking.per_second)})" if ranking.per_second else ""
     yield f"{usable:,} images ranked by {request.settings.strategy}: {how}" + (
         f", {known:,} known from before." if known else "."
@@ -133,7 +133,8 @@ def _next(ranking: Ranking) -> Iterator[str]:
         )
 
 
-def _seconds(seconds: float) -> str:
+def in_words(seconds: float) -> str:
+    """A duration, for people."""
     if seconds < 120:
         return f"{seconds:.1f} s"
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

@@ -114,7 +114,7 @@ def _view(connection: Connection, project: Row[Any], found: Mapping[str, Any], u
     updated = _updated(connection, project.id, ids)
     images = _images(connection, project.id, ids)
     still = [one for one in told if one["task_id"] in images and _unchanged(one, updated)]
-    colours = class_colours(project.label_config)
+    colours = class_colours(project)
     return SuspectsView(
         state="ready",
         made_at=found["made_at"],

@@ -12,19 +12,20 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 from sqlalchemy import Connection, Row, func, select
 
 from worker import rounds as rules
 from worker.artifacts import sha256
-from worker.boxes import LabelMap
 from worker.errors import LabelConfigUnsupported, SettingsInvalid
 from worker.reuse import scored_so_far
 from worker.settings import ProjectSettings
+from worker.shapes import drawn_box
 from worker.store import (
     OPEN_STATES,
     events,
     get_project,
+    get_round,
     labelled_task_ids,
     latest_round,
     loads,
@@ -89,6 +90,7 @@ EVENT_WORDS = {
     "TASKS_CREATED": "tasks imported",
     "TASKS_DELETED": "tasks deleted",
     "settings": "settings changed",
+    "refused": "label config refused",
     "more holdout": "more holdout images asked for",
     "holdout measured again": "all rounds measured again",
 }
@@ -586,8 +588,12 @@ def project_view(
     project = get_project(connection, project_id)
     measured = measured_rounds(connection, project_id)
     newest = measured[-1] if measured else None
-    report = loads(newest.report) if newest is not None else {}
-    table = [_round_view(row) for row in _rounds(connection, project_id)]
+    every = _rounds(connection, project_id)
+    # without a labelled holdout nothing is measured, and what was left out is to be said all the same
+    of_dataset = (row for row in every if row.labels is not None and row.kind == "train" and row.state != "failed")
+    trained = next(of_dataset, None)
+    report = loads(get_round(connection, trained.id).report) if trained is not None else {}
+    table = [_round_view(row) for row in every]
     return ProjectView(
         id=project_id,
         title=title_of(project),
@@ -735,7 +741,7 @@ def batch_view(
         .offset(offset)
         .limit(limit)
     )
-    colours = class_colours(project.label_config)
+    colours = class_colours(project)
     return BatchView(
         round_number=connection.execute(
             select(rounds.c.number).where(rounds.c.id == project.published_round_id)
@@ -759,15 +765,15 @@ def tasks_of_round(
         .join(tasks, (tasks.c.task_id == scores.c.task_id) & (tasks.c.project_id == project.id))
         .where(scores.c.round_id == round_id, scores.c.task_id.in_(task_ids[:500]), tasks.c.deleted.is_(False))
     )
-    colours = class_colours(project.label_config)
+    colours = class_colours(project)
     return [_batch_task(row, project.id, label_studio_url, colours) for row in connection.execute(query)]
 
 
-def class_colours(label_config: str) -> dict[str, int]:
+def class_colours(project: Row[Any]) -> dict[str, int]:
     """Label -> colour number: by its position in the label config, so that a class keeps its colour."""
     try:
-        labels = LabelMap.from_config(label_config).labels
-    except LabelConfigUnsupported:
+        labels = rules.label_map_of(project).labels
+    except (LabelConfigUnsupported, SettingsInvalid):
         return {}
     return {label: position % CLASS_COLOURS for position, label in enumerate(labels)}
 
@@ -802,13 +808,12 @@ def _regions(text: str | None) -> list[dict[str, Any]]:
 
 
 def _box(region: Mapping[str, Any], colours: Mapping[str, int]) -> Box | None:
-    value = region.get("value") or {}
-    label = str(next(iter(value.get("rectanglelabels") or []), "?"))
-    sides = {name: value.get(name) for name in ("x", "y", "width", "height")}
-    try:
-        return Box(label=label, score=_number(region.get("score")), colour=colours.get(label, 0), **sides)
-    except ValidationError:
-        return None  # a region without four sides cannot be drawn
+    drawn = drawn_box(region)
+    if drawn is None:
+        return None
+    label, (x, y, width, height) = drawn
+    sides = {"x": x, "y": y, "width": width, "height": height}
+    return Box(label=label, score=_number(region.get("score")), colour=colours.get(label, 0), **sides)
 
 
 def image_digest(image: str) -> str:

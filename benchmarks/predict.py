@@ -2,10 +2,13 @@
 
 Every request asks for a task without a stored prediction, so it goes all the way: HTTP, the backend under uvicorn, the
 queue in Valkey, the predict worker, the image over HTTP from where Label Studio would serve it, one forward pass, the
-row in the store, and back. Bare is `YOLO.predict` on the same image as a file, in this process, with the model warm,
-and takes turns with the requests. Busy is a worker scoring a pool of another round, and `worker.training.train` at
-work in a process of its own. The network is yolo11n for two classes with random weights: it draws no boxes, here or
-there.
+row in the store, and back. With `--size 10000` it is "Retrieve predictions" for so many tasks in one request instead, a
+tenth of them not scored yet and then none of them: seconds until the answer (Label Studio gives 100), how many it
+brings, what the backend's process computes for it, and what /health takes meanwhile. Nobody is there to score the rest.
+
+Bare is `YOLO.predict` on the same image as a file, in this process, with the model warm, and takes turns with the
+requests. Busy is a worker scoring a pool of another round, and `worker.training.train` at work in a process of its own.
+The network is yolo11n for two classes with random weights: it draws no boxes, here or there.
 """
 
 from __future__ import annotations
@@ -29,11 +32,12 @@ from typing import Any
 
 import httpx
 import numpy as np
-from sqlalchemy import insert, select, update
+from sqlalchemy import delete, insert, select, update
 
+from benchmarks._serving import processor_seconds
 from demo import factory
 from demo.oracle import label_config
-from worker import queue, rounds, steps
+from worker import crew, queue, rounds, steps
 from worker.artifacts import Artifacts, round_key
 from worker.detector import prepare_ultralytics
 from worker.processes import die_with_parent, running_valkey, stop_process
@@ -56,10 +60,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="benchmarks.predict", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="10 turns on the idle machine and 8 on the busy one")
     parser.add_argument("--json", action="store_true", help="end with one JSON line")
+    parser.add_argument("--size", type=int, help="tasks in one request, instead of one after the other")
     parser.add_argument("--train", type=Path, help=argparse.SUPPRESS)  # the process that trains
     given = parser.parse_args(arguments)
     if given.train is not None:
         _train(given.train)
+        return
+    if given.size is not None:
+        _at_size(given.size, given.json)
         return
     idle_turns, busy_turns = (10, 8) if given.quick else (40, 40)
     with _stage() as stage:
@@ -84,6 +92,89 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(json.dumps(found))
 
 
+def _at_size(size: int, as_json: bool) -> None:
+    """One request for `size` tasks: all stored, nine tenths, and none of them."""
+    found = {}
+    with _stage(spare=size + 1) as stage:
+        _warm_up(stage, POOL + size)
+        print(f"{size:,} tasks in one request   seconds  computed  answered  MB answered  /health, slowest ms")
+        with _watching_health(stage) as without:
+            time.sleep(5)
+        print(f"{'(no request)':27}{max(without):64.0f}")
+        for name, share in (("all stored", 1.0), ("nine tenths", 0.9), ("none", 0.0)):
+            stored = _store_predictions(stage, int(share * size), size)
+            found[name] = row = _one_request(stage, size)
+            if row["answered"] < stored:
+                raise RuntimeError(f"{stored} predictions are stored, and {row['answered']} were answered")
+            print(
+                f"{name:27}{row['seconds']:10.1f}{row['computed']:10.1f}{row['answered']:10,}{row['answer_mb']:13.1f}"
+                f"{row['health_ms']:21.0f}"
+            )
+    if as_json:
+        print(json.dumps(found))
+
+
+def _warm_up(stage: Stage, task_id: int) -> None:
+    """Until the worker has its model, which takes minutes where others compute."""
+    deadline = time.monotonic() + 600
+    while not stage.client.post("/predict", json={"project": PROJECT, "tasks": [_task(task_id)]}).json()["results"][0]:
+        if time.monotonic() > deadline:
+            raise TimeoutError("no prediction within 600 s")
+
+
+def _store_predictions(stage: Stage, count: int, size: int) -> int:
+    """Predictions of five boxes each for the first `count` of the tasks that are asked for, and for no others."""
+    box = {"x": 10.5, "y": 20.25, "width": 30.125, "height": 12.5, "rotation": 0, "rectanglelabels": ["bolt"]}
+    region = {"id": "0123456789ab", "type": "rectanglelabels", "from_name": "label", "to_name": "image", "value": box}
+    region |= {"original_width": SIZE[0], "original_height": SIZE[1], "image_rotation": 0, "score": 0.87}
+    row = {"shard": 0, "regions": json.dumps([region] * 5), "published_score": 0.5, "sent": True}
+    with stage.store.write() as connection:
+        published = connection.execute(select(projects.c.published_round_id)).scalar_one()
+        connection.execute(delete(scores).where(scores.c.round_id == published))
+        tasks = range(POOL, POOL + min(count, size))
+        insert_or_ignore(connection, scores, [{**row, "round_id": published, "task_id": number} for number in tasks])
+    return len(tasks)
+
+
+def _one_request(stage: Stage, size: int) -> dict[str, float]:
+    tasks = [_task(number) for number in range(POOL, POOL + size)]
+    body = json.dumps({"project": f"{PROJECT}.1", "tasks": tasks, "label_config": label_config(CLASSES)}).encode()
+    with _watching_health(stage) as slowest:
+        began, computed = time.perf_counter(), processor_seconds(stage.web_pid)
+        answer = stage.client.post("/predict", content=body, headers={"Content-Type": "application/json"})
+        seconds = time.perf_counter() - began
+        computed = processor_seconds(stage.web_pid) - computed
+    results = answer.raise_for_status().json()["results"]
+    if len(results) != size:
+        raise RuntimeError(f"{len(results)} results for {size} tasks: Label Studio would drop them all")
+    answered = [one for one in results if one]
+    if any(one["model_version"] != "al-000000" for one in answered):
+        raise RuntimeError("an answer is not of the published version")
+    megabytes = {"sent_mb": len(body) / 1e6, "answer_mb": len(answer.content) / 1e6}
+    times = {"seconds": round(seconds, 2), "computed": round(computed, 2), "health_ms": round(max(slowest), 1)}
+    return {**times, "answered": len(answered), **megabytes}
+
+
+@contextmanager
+def _watching_health(stage: Stage) -> Iterator[list[float]]:
+    """Milliseconds of /health, asked ten times a second: Label Studio gives it one second."""
+    took, stop = [0.0], threading.Event()
+
+    def watch() -> None:
+        while not stop.wait(0.1):
+            began = time.perf_counter()
+            httpx.get(f"{stage.client.base_url}/health", timeout=30, trust_env=False).raise_for_status()
+            took.append(1000 * (time.perf_counter() - began))
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield took
+    finally:
+        stop.set()
+        thread.join()
+
+
 @dataclass
 class Stage:
     """The project, its servers, and the tasks nobody has asked for yet."""
@@ -93,11 +184,12 @@ class Stage:
     store: Store
     weights: Path
     client: httpx.Client
+    web_pid: int
     task_ids: Iterator[int]
 
 
 @contextmanager
-def _stage() -> Iterator[Stage]:
+def _stage(spare: int = SPARE) -> Iterator[Stage]:
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         prepare_ultralytics(folder / "ultralytics")
@@ -106,7 +198,7 @@ def _stage() -> Iterator[Stage]:
         redis_url = stack.enter_context(running_valkey(folder / "valkey"))
         store = Store(f"sqlite:///{folder}/hardfirst.db")
         stack.callback(store.close)
-        weights = _fill(folder, store)
+        weights = _fill(folder, store, spare)
         environment = {
             **os.environ,
             "PYTHONPATH": str(ROOT),
@@ -119,11 +211,12 @@ def _stage() -> Iterator[Stage]:
         }
         port = _free_port()
         web = ["-m", "uvicorn", "--factory", "backend.app:create_app_from_env", "--port", str(port)]
-        stack.enter_context(_process(folder, environment, "web", [*web, "--log-level", "warning"]))
+        serving = stack.enter_context(_process(folder, environment, "web", [*web, "--log-level", "warning"]))
         stack.enter_context(_process(folder, environment, "predict", ["-m", "worker.queue", "simple", "predict"]))
         client = stack.enter_context(httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=120, trust_env=False))
         _wait_for_backend(client)
-        yield Stage(folder, environment, store, weights, client, iter(range(POOL, POOL + SPARE)))
+        _wait_for_worker(redis_url)
+        yield Stage(folder, environment, store, weights, client, serving.pid, iter(range(POOL, POOL + spare)))
 
 
 def _draw_images(folder: Path) -> Path:
@@ -162,7 +255,7 @@ def _image_server(images: Path) -> Iterator[str]:
         server.server_close()
 
 
-def _fill(folder: Path, store: Store) -> Path:
+def _fill(folder: Path, store: Store, spare: int) -> Path:
     """A connected project whose round 0 is published and whose round 1 is about to score; the weights of both."""
     store.migrate()
     weights = _random_weights(folder / "random.pt")
@@ -179,7 +272,7 @@ def _fill(folder: Path, store: Store) -> Path:
     settings = ProjectSettings(imgsz=IMGSZ)
     with store.write() as connection:
         rounds.connect_project(connection, PROJECT, label_config(CLASSES), settings, "http://127.0.0.1")
-        images = {number: f"/data/upload/{PROJECT}/{number}.jpg" for number in range(POOL + SPARE)}
+        images = {number: f"/data/upload/{PROJECT}/{number}.jpg" for number in range(POOL + spare)}
         rounds.remember_tasks(connection, PROJECT, images)
         done = {"state": "done", "batch_size": 200, "model_version": "al-000000", "closed_at": time.time()}
         connection.execute(update(round_rows).values(**done, **trained))
@@ -237,6 +330,18 @@ def _wait_for_backend(client: httpx.Client) -> None:
     raise TimeoutError("the backend did not start within 60 s")
 
 
+def _wait_for_worker(redis_url: str) -> None:
+    redis = queue.connect(redis_url)
+    try:
+        for _ in range(1200):
+            if crew.workers(redis):
+                return
+            time.sleep(0.1)
+    finally:
+        redis.close()
+    raise TimeoutError("the predict worker did not start within 120 s")
+
+
 def _in_turns(stage: Stage, turns: int) -> tuple[list[float], list[float]]:
     """Milliseconds of requests and of bare predictions of the same images, after three of each that nobody counts."""
     from ultralytics import YOLO
@@ -258,15 +363,18 @@ def _request(stage: Stage, pause: float) -> float:
     return _request_for(stage, next(stage.task_ids))
 
 
+def _task(task_id: int) -> dict[str, Any]:
+    return {"id": task_id, "project": PROJECT, "data": {"image": f"/data/upload/{PROJECT}/{task_id}.jpg"}}
+
+
 def _request_for(stage: Stage, task_id: int) -> float:
     """Milliseconds until the answer; RuntimeError when it was not a live one."""
-    image = f"/data/upload/{PROJECT}/{task_id}.jpg"
-    body = {"project": f"{PROJECT}.1", "tasks": [{"id": task_id, "data": {"image": image}}]}
+    body = {"project": f"{PROJECT}.1", "tasks": [_task(task_id)]}
     began = time.perf_counter()
     answer = stage.client.post("/predict", json=body)
     took = 1000 * (time.perf_counter() - began)
     (result,) = answer.raise_for_status().json()["results"]
-    if result["model_version"] != "al-000000" or not 0.5 <= result["score"] < 1:
+    if not result or result["model_version"] != "al-000000" or not 0.5 <= result["score"] < 1:
         logs = "".join((stage.folder / f"{name}.log").read_text()[-800:] for name in ("web", "predict"))
         raise RuntimeError(f"task {task_id} was answered with {result}, not with a live prediction; {logs}")
     return took

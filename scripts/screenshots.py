@@ -10,6 +10,7 @@ import argparse
 import shutil
 import sys
 import tempfile
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -27,18 +28,12 @@ def main() -> int:
     parser.add_argument("--chromium", default="", help="default: the one on PATH")
     parser.add_argument("--tasks", type=int, default=80_000)
     given = parser.parse_args()
-    chromium = given.chromium or next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))), "")
-    if not chromium or shutil.which(chromium) is None:
-        print(
-            "screenshots need a chromium: apt-get install chromium, or name one with --chromium",
-            file=sys.stderr,
-        )
+    chromium = which_chromium(given.chromium)
+    if missing := what_is_missing(chromium):
+        print(missing, file=sys.stderr)
         return 1
-    try:
-        from playwright.sync_api import sync_playwright
-    except ImportError:
-        print("screenshots need playwright: install the dev extra (pip install -e .[dev])", file=sys.stderr)
-        return 1
+    from playwright.sync_api import sync_playwright
+
     given.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="hardfirst-screenshots-") as folder:
         _fill(Path(folder), given.tasks)
@@ -47,6 +42,20 @@ def main() -> int:
             _take(browser, site.url, given.out)
             browser.close()
     return 0
+
+
+def which_chromium(named: str) -> str:
+    """The one named, else the one on PATH; "" where there is none."""
+    return named or next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))), "")
+
+
+def what_is_missing(chromium: str) -> str:
+    """What to install before pictures can be taken, in a sentence; "" when all is there."""
+    if not chromium or shutil.which(chromium) is None:
+        return "screenshots need a chromium: apt-get install chromium, or name one with --chromium"
+    if find_spec("playwright") is None:
+        return "screenshots need playwright: install the dev extra (pip install -e .[dev])"
+    return ""
 
 
 def _fill(folder: Path, tasks: int) -> None:

@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import httpx
 import pytest
 import redis
 from hypothesis import settings
@@ -20,6 +21,7 @@ from worker.processes import running_valkey
 KEPT_VARIABLES = (PYTHON_VARIABLE, "HARDFIRST_CACHE")
 SETTINGS_PREFIXES = ("HARDFIRST_", "LABEL_STUDIO_")
 SETTINGS_NAMES = ("REDIS_URL", "DATABASE_URL")
+AWS = {"AWS_ACCESS_KEY_ID": "testing", "AWS_SECRET_ACCESS_KEY": "testing", "AWS_DEFAULT_REGION": "us-east-1"}
 
 
 # No deadline: speed is not under test, and CI is busy. The same examples in each CI run: what fails there, fails again.
@@ -73,6 +75,27 @@ def label_studio(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LabelStud
         pytest.skip(f"{PYTHON_VARIABLE} is not set, so there is no Label Studio to test with; `make test` sets it")
     with LabelStudioServer(tmp_path_factory.mktemp("label-studio")) as server:
         yield server
+
+
+@pytest.fixture
+def s3_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """URL of moto's S3 server with the empty buckets `pool` and `private`, which s3fs and boto3 use by themselves."""
+    moto_server = pytest.importorskip("moto.server", reason="moto[server] is not installed: the dev extra has it")
+    s3fs = pytest.importorskip("s3fs", reason="s3fs is not installed: the s3 extra has it")
+    server = moto_server.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    for name, value in AWS.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+    s3fs.S3FileSystem.clear_instance_cache()
+    filesystem = s3fs.S3FileSystem()
+    filesystem.mkdir("pool")
+    filesystem.mkdir("private")
+    yield f"http://{host}:{port}"
+    s3fs.S3FileSystem.clear_instance_cache()
+    httpx.post(f"http://{host}:{port}/moto-api/reset")  # its buckets are the process's, not the server's
+    server.stop()
 
 
 @pytest.fixture

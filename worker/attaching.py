@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Connection, func, select, update
+from sqlalchemy import Connection, Row, func, select, update
 
 from worker import steps
 from worker.boxes import LabelMap
@@ -58,7 +58,7 @@ def _adopt_webhook(work: Work) -> None:
         if own.label_studio.find_webhook(project.id, url) is not None:
             break
         time.sleep(0.5)  # there is none after that: somebody deleted it, or connected us by hand
-    webhook_id = own.label_studio.own_webhook(project.id, url, basic_auth(own))
+    webhook_id = own.label_studio.own_webhook(project.id, url, basic_auth(own), project.webhook_id)
     with own.store.write() as connection:
         connection.execute(update(projects).where(projects.c.id == project.id).values(webhook_id=webhook_id))
 
@@ -85,13 +85,15 @@ def _wait_for_import(work: Work) -> None:
 
 
 def heal(own: Services, project_id: int) -> None:
-    """Label Studio serves none of our versions, or an old one; our webhook lacks the password set since: put right.
+    """Label Studio serves none of our versions, or an old one; our webhook lacks the password set since, or goes to the
+    address this backend had before: put right.
 
     What a person chose instead (another version, another sampling, no webhook) stays as it is.
     """
     with own.store.read() as connection:
         project = get_project(connection, project_id)
         busy = open_round_of(connection, project_id)
+    _mend_webhook(own, project)
     if project.published_version is None or (busy is not None and busy.state == "publishing"):
         return
     api = own.label_studio
@@ -100,9 +102,15 @@ def heal(own: Services, project_id: int) -> None:
     if astray and api.versions(project_id).get(version):
         api.publish_version(project_id, version)
         log.warning("project %s served %r; it serves %s again", project_id, served, version)
+
+
+def _mend_webhook(own: Services, project: Row[Any]) -> None:
+    """Exactly one to us, at the address Label Studio calls us by. One that somebody deleted stays deleted."""
     url = f"{project.backend_url.rstrip('/')}/webhook"
-    if api.find_webhook(project_id, url) is not None:
-        api.own_webhook(project_id, url, basic_auth(own))
+    kept = own.label_studio.mend_webhook(project.id, url, basic_auth(own), project.webhook_id)
+    if kept is not None and kept != project.webhook_id:
+        with own.store.write() as connection:
+            connection.execute(update(projects).where(projects.c.id == project.id).values(webhook_id=kept))
 
 
 @dataclass(frozen=True)

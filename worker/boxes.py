@@ -14,18 +14,22 @@ import hashlib
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from worker.errors import LabelConfigUnsupported, LabelMismatch
+from worker.shapes import SHAPES, Shape, label_drawn, labels_key, value_of
 
 Boxes = NDArray[np.float64]
+Shapes = Literal["boxes_only", "hull"]
+T = TypeVar("T")
 
 MAX_CONFIG_CHARACTERS = 1_000_000  # the largest real config seen (a 1,000-class one) is 60 kB
+LOWEST_THRESHOLD = 0.001  # a model_score_threshold of 0 means all there is; below this there is noise only
 _DECIMALS = 6  # of a percent: 0.0001 px on an image 10,000 px wide
 _XML_DECLARATION = re.compile(r"^\s*<\?xml[^>]*\?>")  # lxml refuses one in a str
 _DOCTYPE = re.compile(r"<!(DOCTYPE|ENTITY)", re.IGNORECASE)
@@ -116,16 +120,42 @@ def yolo_to_percent(boxes_yolo: ArrayLike) -> Boxes:
 
 
 @dataclass(frozen=True)
-class LabelMap:
-    """What a label config says about boxes: the first <RectangleLabels> over an <Image>.
+class Control:
+    """One labelling tool over the image whose regions are boxes to us.
 
     Attributes:
-        from_name: name of the <RectangleLabels>; `from_name` of its regions.
-        to_name: name of the <Image>; `to_name` of its regions.
+        name: `from_name` of its regions.
+        shape: what is drawn with it.
+        labels: that it offers, as regions hold them.
+        score_threshold: its model_score_threshold, 0..1, or None.
+    """
+
+    name: str
+    shape: Shape
+    labels: tuple[str, ...]
+    score_threshold: float | None = None
+
+    @property
+    def type(self) -> str:
+        """`type` of its regions."""
+        return labels_key(self.shape)
+
+
+@dataclass(frozen=True)
+class LabelMap:
+    """What a label config says about boxes: the <RectangleLabels> over one <Image>, with shapes="hull" also the
+    <PolygonLabels> and <EllipseLabels>. The image is the one that the first of them is about.
+
+    Attributes:
+        from_name: name of the first control.
+        to_name: name of the <Image>; `to_name` of all regions.
         image_key: the key of a task's data that holds the image, from value="$image".
-        labels: in the order of the config. A label's position is its class id in our datasets.
+        labels: of all controls, in the order of the config; one that two controls offer is one class, drawn by the
+            first. A label's position is its class id in our datasets.
         aliases: label -> lower-cased names it also goes by (predicted_values, and the value behind an alias).
-        score_threshold: model_score_threshold of the control, 0..1, or None.
+        score_threshold: model_score_threshold of the first control, 0..1, or None.
+        controls: all of them; not given: one, of rectangles.
+        displayed: value of a <Label> that has an alias -> the alias, which Label Studio stores.
     """
 
     from_name: str
@@ -134,31 +164,77 @@ class LabelMap:
     labels: tuple[str, ...]
     aliases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     score_threshold: float | None = None
+    controls: tuple[Control, ...] = ()
+    displayed: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.controls:
+            only = Control(self.from_name, "rectangle", self.labels, self.score_threshold)
+            object.__setattr__(self, "controls", (only,))
 
     @classmethod
-    def from_config(cls, label_config: str) -> LabelMap:
+    def from_config(cls, label_config: str, shapes: Shapes = "boxes_only") -> LabelMap:
         """The label map of a label config (XML).
 
+        Args:
+            shapes: "hull": polygons and ellipses are taken for the boxes around them.
+
         Raises:
-            LabelConfigUnsupported: not XML, too large, with a DOCTYPE, or without rectangle labels over an image;
-                the message says what to add.
+            LabelConfigUnsupported: not XML, too large, with a DOCTYPE, or without anything over an image that is a
+                box; the message says what was found and what to add.
         """
         interface = _parse(label_config)
-        control, image = _control_over_image(interface)
-        labels = tuple(control.labels)
-        if not labels:
+        tags, image = _controls_over_image(interface, shapes)
+        controls = tuple(_control(tag) for tag in tags if tag.labels)
+        if not controls:
             raise LabelConfigUnsupported(
-                f'<RectangleLabels name="{control.name}"> has no <Label> of its own. Add <Label value="..."/> to it '
+                f'<{tags[0].tag} name="{tags[0].name}"> has no <Label> of its own. Add <Label value="..."/> to it '
                 "(labels that come with each task cannot be learned)."
             )
+        attributes = _first_wins((label, tag.labels_attrs[label].attr) for tag in tags for label in tag.labels or ())
+        values = ((attr.get("value", ""), label) for label, attr in attributes.items())
         return cls(
-            from_name=control.name,
+            from_name=controls[0].name,
             to_name=image.name,
             image_key=_image_key(image),
-            labels=labels,
-            aliases={label: _aliases(label, control.labels_attrs[label].attr) for label in labels},
-            score_threshold=_threshold(control.get_attr("model_score_threshold")),
+            labels=tuple(attributes),
+            aliases={label: _aliases(label, attr) for label, attr in attributes.items()},
+            score_threshold=controls[0].score_threshold,
+            controls=controls,
+            displayed=_first_wins((value, label) for value, label in values if value and value not in attributes),
         )
+
+    def control(self, from_name: object) -> Control | None:
+        """The control of that name, when its regions are boxes to us."""
+        return next((control for control in self.controls if control.name == from_name), None)
+
+    def class_id_of(self, label: str) -> int | None:
+        """Of a region's label; a label drawn before it got its alias counts as well, and one that was renamed, where
+        the new <Label> names the old one in its predicted_values. None: not in the config."""
+        class_ids = self.class_ids
+        if (class_id := class_ids.get(self.displayed.get(label, label))) is not None:
+            return class_id
+        lowered = label.strip().lower()
+        return next((class_ids[new] for new in self.labels if lowered in self.aliases.get(new, ())), None)
+
+    def shows(self, region: Mapping[str, Any]) -> bool:
+        """Whether Label Studio takes a region that we made, maybe under an earlier label config, under this one."""
+        control = self.control(region.get("from_name"))
+        is_ours = control is not None and region.get("type") == control.type and region.get("to_name") == self.to_name
+        return is_ours and control is not None and label_drawn(region) in control.labels
+
+    def control_for(self, label: str) -> Control:
+        """The control that draws a label: the first that offers it."""
+        return next((control for control in self.controls if label in control.labels), self.controls[0])
+
+    def threshold_of(self, label: str, default: float) -> float:
+        """Confidence from which boxes of a label are drawn: its control's model_score_threshold, else `default`."""
+        threshold = self.control_for(label).score_threshold
+        return default if threshold is None else threshold
+
+    def lowest_threshold(self, default: float) -> float:
+        """The least of `threshold_of` over all labels: no box below it is drawn. Without labels, `default`."""
+        return min((self.threshold_of(label, default) for label in self.labels), default=default)
 
     @property
     def class_ids(self) -> dict[str, int]:
@@ -224,8 +300,9 @@ def to_regions(
         height: of the displayed image, pixels.
 
     Returns:
-        At most n regions in the order given: 0 <= x, 0 <= y, 0 < width, 0 < height, x + width <= 100,
-        y + height <= 100. Left out: classes no label asks for, and boxes with no area inside the image.
+        At most n regions in the order given, each of its label's control, in that control's shape; their boxes have
+        0 <= x, 0 <= y, 0 < width, 0 < height, x + width <= 100, y + height <= 100. Left out: classes no label asks for,
+        and boxes with no area inside the image.
         Ids are unique among them and the same for the same boxes, so that a page loaded twice shows one prediction.
 
     Raises:
@@ -258,18 +335,19 @@ def _region(
     height: int,
     seen: Counter[str],
 ) -> dict[str, Any]:
-    what = f"{label_map.from_name}|{label}|{sorted(sides.items())}"
+    control = label_map.control_for(label)
+    what = f"{control.name}|{label}|{sorted(sides.items())}"
     seen[what] += 1  # two equal boxes still need two ids
     return {
         "id": hashlib.sha256(f"{what}|{seen[what]}".encode()).hexdigest()[:12],
-        "type": "rectanglelabels",
-        "from_name": label_map.from_name,
+        "type": control.type,
+        "from_name": control.name,
         "to_name": label_map.to_name,
         "original_width": int(width),
         "original_height": int(height),
         "image_rotation": 0,
         "score": min(max(score, 0.0), 1.0),
-        "value": {**sides, "rotation": 0, "rectanglelabels": [label]},
+        "value": value_of(control.shape, (sides["x"], sides["y"], sides["width"], sides["height"]), label),
     }
 
 
@@ -308,23 +386,71 @@ def _parse(label_config: object) -> Any:
         raise LabelConfigUnsupported(f"The label config cannot be read: {str(error)[:200]}") from error
 
 
-def _control_over_image(interface: Any) -> tuple[Any, Any]:
-    controls = [tag for tag in interface.controls or () if tag.tag.lower() == "rectanglelabels"]
-    for control in controls:
-        for image in control.objects or ():
-            if image.tag.lower() == "image":
-                return control, image
-    if controls:
-        raise LabelConfigUnsupported(
-            f'<RectangleLabels name="{controls[0].name}" toName="{",".join(controls[0].to_name)}"> points at no '
+def _control(tag: Any) -> Control:
+    shape = _shape_of(tag)
+    assert shape is not None  # that is how it was chosen
+    return Control(str(tag.name), shape, tuple(tag.labels), _threshold(tag.get_attr("model_score_threshold")))
+
+
+def _shape_of(tag: Any) -> Shape | None:
+    return next((shape for shape in SHAPES if tag.tag.lower() == labels_key(shape)), None)
+
+
+def _controls_over_image(interface: Any, shapes: Shapes) -> tuple[list[Any], Any]:
+    """The controls that draw boxes over one image, in the order of the config, and that image."""
+    over = [(tag, image) for tag in interface.controls or () for image in _images_of(tag)]
+    usable = [(tag, image) for tag, image in over if _shape_of(tag) in _USABLE[shapes]]
+    if usable:
+        first = usable[0][1]
+        return [tag for tag, image in usable if image.name == first.name], first
+    raise LabelConfigUnsupported(_why_unusable(interface, [tag for tag, _ in over]))
+
+
+_USABLE: dict[Shapes, tuple[Shape, ...]] = {"boxes_only": ("rectangle",), "hull": SHAPES}
+
+
+def _images_of(tag: Any) -> list[Any]:
+    return [one for one in tag.objects or () if one.tag.lower() == "image"]
+
+
+_ADD = (
+    'Add <RectangleLabels name="label" toName="image"><Label value="..."/></RectangleLabels> '
+    "in the project's Labeling Interface."
+)
+
+
+def _why_unusable(interface: Any, over_image: Sequence[Any]) -> str:
+    """What was found instead of rectangles over an image, and what is needed."""
+    controls = list(interface.controls or ())
+    hulls = sorted({tag.tag for tag in over_image if _shape_of(tag) in _USABLE["hull"]})
+    if hulls:
+        return (
+            f"The label config has {' and '.join(f'<{tag}>' for tag in hulls)} over the image, and no "
+            '<RectangleLabels>. Write "shapes": "hull" into the model\'s extra params to train on the boxes around '
+            f"them and to get boxes in their shape. Or: {_ADD}"
+        )
+    videos = sorted({one.tag for tag in controls for one in tag.objects or () if one.tag.lower() == "video"})
+    if videos:
+        return (
+            "The label config shows a <Video>, which is not supported: a task must be one image. Extract frames, "
+            'import them as tasks and show them with <Image name="image" value="$image"/>. Then: ' + _ADD
+        )
+    rectangles = [tag for tag in controls if _shape_of(tag) == "rectangle"]
+    if rectangles:
+        return (
+            f'<RectangleLabels name="{rectangles[0].name}" toName="{",".join(rectangles[0].to_name)}"> points at no '
             '<Image>. Add <Image name="image" value="$image"/> and set toName="image".'
         )
-    found = sorted({tag.tag for tag in interface.controls or ()})
-    raise LabelConfigUnsupported(
+    found = sorted({tag.tag for tag in controls})
+    boxless = [tag for tag in found if tag.lower() in _BOXLESS]
+    return (
         f"The label config has no <RectangleLabels> over an <Image>{f' (it has {_shown(found)})' if found else ''}. "
-        'Add <RectangleLabels name="label" toName="image"><Label value="..."/></RectangleLabels> '
-        "in the project's Labeling Interface."
+        + (f"What is drawn with <{boxless[0]}> has no box of plain meaning. " if boxless else "")
+        + _ADD
     )
+
+
+_BOXLESS = {f"{name}{ending}" for name in ("brush", "keypoint", "bitmask", "vector") for ending in ("", "labels")}
 
 
 def _image_key(image: Any) -> str:
@@ -360,8 +486,8 @@ def _threshold(value: str | None) -> float | None:
     return threshold
 
 
-def _first_wins(pairs: Any) -> dict[str, str]:
-    found: dict[str, str] = {}
+def _first_wins(pairs: Iterable[tuple[str, T]]) -> dict[str, T]:
+    found: dict[str, T] = {}
     for key, value in pairs:
         found.setdefault(key, value)
     return found

@@ -29,12 +29,16 @@ import yaml
 from numpy.typing import NDArray
 from PIL import ExifTags, Image
 
-from worker.boxes import Boxes, LabelMap, percent_to_yolo
+from worker.boxes import Boxes, Control, LabelMap, percent_to_yolo
 from worker.errors import DatasetUnusable, ImageUnusable
 from worker.images import MAX_PIXELS, orientation_of, read_image, to_rgb, upright
+from worker.shapes import DRAWN_TYPES, hull_of
+from worker.shapes import number_or_none as _number
 
 MIN_SIDE = 10  # pixels; the trainer drops smaller images with a line in its log
 MIN_BOX = 1e-6  # of the image: what the label file's decimals can hold
+NO_AREA = "no area inside the image"
+_NOT_IN_CONFIG = " is not in the config"
 _JPEG_END = b"\xff\xd9"  # a JPEG that does not end here is rewritten by the trainer
 _OLDEST = datetime.min.replace(tzinfo=UTC)
 
@@ -57,6 +61,8 @@ class TaskTruth:
         width: of the image as Label Studio showed it, or None when no region says.
         height: as width.
         skipped: reason -> number of regions that became no box.
+        unusable: why the boxes do not tell what is on the image (something was drawn that is no box), or "". Such an
+            image is neither trained on nor measured, and above all it is no background.
     """
 
     task_id: int
@@ -68,6 +74,7 @@ class TaskTruth:
     width: int | None = None
     height: int | None = None
     skipped: Mapping[str, int] = field(default_factory=dict)
+    unusable: str = ""
 
 
 @dataclass(frozen=True)
@@ -97,8 +104,10 @@ def truth_of(task: Mapping[str, Any], label_map: LabelMap) -> TaskTruth | None:
     ONE annotation counts: a ground truth before others, then the one updated last, then the highest id. Skipped
     (cancelled) annotations never count. An annotation without regions says that the image is background.
 
-    Regions that become no box are counted in `skipped`: another control or image, not a rectangle, a label that is
-    not in the config (any more), a rotation without the image's size, coordinates that are none, no area.
+    Regions that become no box are counted in `skipped`: another control or image, another shape, a label that is
+    not in the config (any more), a rotation without the image's size, coordinates that are none, no area. The truth is
+    `unusable` when something was drawn on the image and there is no box at all, or when what is missing bears one of
+    our labels.
 
     Raises:
         DatasetUnusable: the task has no id: this is not Label Studio's JSON export.
@@ -114,16 +123,19 @@ def truth_of(task: Mapping[str, Any], label_map: LabelMap) -> TaskTruth | None:
     boxes: list[Boxes] = []
     class_ids: list[int] = []
     skipped: Counter[str] = Counter()
+    missing: Counter[str] = Counter()
     size: tuple[int, int] | None = None
     for region in annotation["result"]:
         reason = _why_not(region, label_map)
         if reason is None:
             size = size or _size(region)
-            found = _read_region(region, label_map, skipped)
+            found = _read_region(region, label_map, skipped, missing)
             boxes.extend(box for box, _ in found)
             class_ids.extend(class_id for _, class_id in found)
         else:
             skipped[reason] += 1
+            missing.update([reason] if _shows_our_label(region, label_map) else [])
+    drawn = any(_is_drawn(region, label_map) for region in annotation["result"])
     return TaskTruth(
         task_id=task_id,
         boxes_yolo=np.array(boxes, dtype=np.float64).reshape(-1, 4),
@@ -134,6 +146,23 @@ def truth_of(task: Mapping[str, Any], label_map: LabelMap) -> TaskTruth | None:
         width=size[0] if size else None,
         height=size[1] if size else None,
         skipped=dict(skipped),
+        unusable=_why_unusable(missing or (skipped if drawn and not boxes else Counter())),
+    )
+
+
+def lost_labels(truths: Sequence[TaskTruth]) -> str:
+    """What became of boxes whose label is not in the label config, in words; "" where there are none."""
+    counts: Counter[str] = Counter()
+    for truth in truths:
+        counts.update({reason: count for reason, count in truth.skipped.items() if reason.endswith(_NOT_IN_CONFIG)})
+    if not counts:
+        return ""
+    names = ", ".join(reason.removeprefix("label ").removesuffix(_NOT_IN_CONFIG) for reason in list(counts)[:5])
+    n_tasks = sum(any(reason in counts for reason in truth.skipped) for truth in truths)
+    return (
+        f"{sum(counts.values())} boxes on {n_tasks} images bear labels that the label config does not have ({names}): "
+        "they are left out, and images without any other box too. If a label was renamed, write the old name into the "
+        'new <Label>: predicted_values="old name".'
     )
 
 
@@ -165,6 +194,9 @@ def write_dataset(
     written: list[TaskTruth] = []
     with _fresh(folder) as fresh:
         for truth in _with_progress(truths, progress):
+            if truth.unusable:
+                left_out[truth.task_id] = truth.unusable
+                continue
             try:
                 write_image(fresh / "images", truth.task_id, fetch(truth.task_id), max_pixels)
             except ImageUnusable as error:
@@ -327,47 +359,70 @@ def _rank(annotation: Mapping[str, Any]) -> tuple[bool, datetime, int]:
 def _why_not(region: object, label_map: LabelMap) -> str | None:
     if not isinstance(region, dict):
         return "not a region"
-    if region.get("from_name") != label_map.from_name:
+    control = label_map.control(region.get("from_name"))
+    if control is None:
         return "another control"
     if region.get("to_name") != label_map.to_name:
         return "another image"
-    if region.get("type") != "rectanglelabels" or not isinstance(region.get("value"), dict):
-        return "not a rectangle"
+    if region.get("type") != control.type or not isinstance(region.get("value"), dict):
+        return f"not {'an' if control.shape == 'ellipse' else 'a'} {control.shape}"
     return None
 
 
-def _read_region(region: Mapping[str, Any], label_map: LabelMap, skipped: Counter[str]) -> list[tuple[Boxes, int]]:
-    """(box_yolo, class id) for each label of a rectangle; usually one."""
-    labels = region["value"].get("rectanglelabels")
-    class_ids = label_map.class_ids
+def _is_drawn(region: object, label_map: LabelMap) -> bool:
+    """Whether a result is something drawn on our image, whatever its shape and control."""
+    return (
+        isinstance(region, dict)
+        and region.get("to_name") == label_map.to_name
+        and str(region.get("type")).lower() in DRAWN_TYPES
+    )
+
+
+def _shows_our_label(region: object, label_map: LabelMap) -> bool:
+    """Whether something that is drawn on our image bears a label of ours: an object to learn, and no box."""
+    if not _is_drawn(region, label_map) or not isinstance(region, dict) or not isinstance(region.get("value"), dict):
+        return False
+    labels = region["value"].get(str(region.get("type")).lower())
+    named = [label for label in labels if isinstance(label, str)] if isinstance(labels, list) else []
+    return any(label_map.class_id_of(label) is not None for label in named)
+
+
+def _why_unusable(reasons: Mapping[str, int]) -> str:
+    if not reasons:
+        return ""
+    told = "; ".join(f"{reason} ({count})" for reason, count in list(reasons.items())[:3])
+    return f"something is drawn on the image that is no box here: {told}. It is not taken for background."
+
+
+def _read_region(
+    region: Mapping[str, Any], label_map: LabelMap, skipped: Counter[str], missing: Counter[str]
+) -> list[tuple[Boxes, int]]:
+    """(box_yolo, class id) for each label of a region; usually one."""
+    control = label_map.control(region.get("from_name"))
+    assert control is not None  # or the region would have been skipped
+    labels = region["value"].get(control.type)
     found = []
     for label in labels if isinstance(labels, list) and labels else [None]:
-        if not isinstance(label, str) or label not in class_ids:
-            skipped["no label" if label is None else f"label {str(label)[:60]!r} is not in the config"] += 1
+        class_id = label_map.class_id_of(label) if isinstance(label, str) else None
+        if class_id is None:
+            skipped["no label" if label is None else f"label {str(label)[:60]!r}{_NOT_IN_CONFIG}"] += 1
             continue
-        box, reason = _box_of(region)
+        box, reason = _box_of(region, control)
         if box is None:
             skipped[reason] += 1
+            missing.update([reason] if reason != NO_AREA else [])  # there is an object, nobody knows where
             continue
-        found.append((box, class_ids[label]))
+        found.append((box, class_id))
     return found
 
 
-def _box_of(region: Mapping[str, Any]) -> tuple[Boxes | None, str]:
-    """The box (4,) of a rectangle, or None and why."""
-    value = region["value"]
-    sides = [number for name in ("x", "y", "width", "height") if (number := _number(value.get(name))) is not None]
-    rotation = _number(value.get("rotation") or 0)
-    if rotation is None or len(sides) != 4:
-        return None, "coordinates that are not numbers"
-    size = _size(region)
-    if rotation % 360 and size is None:
-        return None, "rotated, and the size of the image is not given"
-    width, height = size or (100, 100)
-    box = percent_to_yolo([sides], width, height, [rotation])[0]
-    if min(box[2], box[3]) < MIN_BOX:
-        return None, "no area inside the image"
-    return box, ""
+def _box_of(region: Mapping[str, Any], control: Control) -> tuple[Boxes | None, str]:
+    """The box (4,) of a region, or None and why."""
+    sides, reason = hull_of(control.shape, region["value"], _size(region))
+    if sides is None:
+        return None, reason
+    box = percent_to_yolo([sides])[0]
+    return (box, "") if min(box[2], box[3]) >= MIN_BOX else (None, NO_AREA)
 
 
 def _size(region: Mapping[str, Any]) -> tuple[int, int] | None:
@@ -391,13 +446,6 @@ def _updated_at(annotation: Mapping[str, Any]) -> datetime | None:
 def _seconds(value: object) -> float | None:
     seconds = _number(value)
     return seconds if seconds is not None and seconds >= 0 else None
-
-
-def _number(value: object) -> float | None:
-    """A number, or None. Not booleans, NaN, or what no image has: integers too long for a float among them."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e9:
-        return None
-    return float(value)
 
 
 def _integer(value: object) -> int | None:

@@ -7,10 +7,6 @@ Nothing a check says holds a token or a password.
 
 from __future__ import annotations
 
-import base64
-import binascii
-import json
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
@@ -24,12 +20,14 @@ from sqlalchemy import make_url, text
 from sqlalchemy.exc import SQLAlchemyError
 
 from worker import crew, queue, store
+from worker.credentials import TAKE_ONE, VARIABLE, kind_of, seconds_left
 from worker.errors import CredentialsMissing, HardfirstError, QueueUnavailable, WeightsUnavailable
 from worker.processes import embedded_valkey
 from worker.services import Services
 from worker.settings import Settings
 
 EXPIRES_SOON = 14.0  # days
+WORKER_PATIENCE = 25.0  # seconds for a worker to answer: loading torch takes it ten on a busy machine
 START_IT = "Start `hardfirst up`"
 
 
@@ -146,9 +144,13 @@ def services_for(settings: Settings) -> Services:
     return Services(known, "web")  # "web": gives up after seconds
 
 
-def deployment_looks(own: Services, *, quick: bool) -> list[Look]:
-    """What all projects need, in order. `quick`: torch is not loaded, which takes seconds."""
-    device, weights = "device", "weights"
+def deployment_looks(own: Services, *, quick: bool, ask_worker: bool = False) -> list[Look]:
+    """What all projects need, in order.
+
+    Args:
+        quick: torch is not loaded, which takes seconds.
+        ask_worker: nor is it loaded here otherwise: a worker says what it sees.
+    """
     looks = [
         Look("Label Studio", lambda: look_at_label_studio(own)),
         Look("token", lambda: look_at_token(own), needs=("Label Studio",)),
@@ -157,10 +159,33 @@ def deployment_looks(own: Services, *, quick: bool) -> list[Look]:
     ]
     for name in queue.QUEUES:
         looks.append(Look(f"workers: {name}", lambda name=name: look_at_workers(own, name), needs=("queue",)))  # type: ignore[misc]
-    not_now = "not looked at: --quick"
-    looks.append(Look(device, lambda: skipped(device, not_now) if quick else look_at_device(own)))
-    looks.append(Look(weights, lambda: skipped(weights, not_now) if quick else look_at_weights(own)))
+    for name, look in NEED_TORCH.items():
+        if quick:
+            looks.append(Look(name, lambda name=name: skipped(name, "not looked at: --quick")))  # type: ignore[misc]
+        elif ask_worker:
+            needs = ("queue", f"workers: {queue.CONTROL}")
+            looks.append(Look(name, lambda name=name: seen_by_worker(own, name), needs))  # type: ignore[misc]
+        else:
+            looks.append(Look(name, lambda look=look: look(own)))  # type: ignore[misc]
     return looks
+
+
+def seen_by_worker(own: Services, name: str) -> Check:
+    """A check of NEED_TORCH, made on the host of a worker."""
+    try:
+        (found,) = queue.call_examine(own.redis, [[name]], WORKER_PATIENCE)
+    except TimeoutError:
+        return skipped(name, f"not looked at: the worker of `{queue.CONTROL}` is busy; look again later")
+    return Check(name, Status(found["status"]), str(found["sentence"]), str(found["fix"]))
+
+
+def examined_here(own: Services, names: Sequence[str]) -> list[dict[str, str]]:
+    """Checks of NEED_TORCH as JSON carries them."""
+    looks = [Look(name, lambda name=name: NEED_TORCH[name](own)) for name in names if name in NEED_TORCH]  # type: ignore[misc]
+    return [
+        {"name": one.name, "status": str(one.status), "sentence": one.sentence, "fix": one.fix}
+        for one in run(looks, fix=False)
+    ]
 
 
 # --- Label Studio and its token ---------------------------------------------------------------------------------------
@@ -176,40 +201,25 @@ def look_at_label_studio(own: Services) -> Check:
 
 
 def look_at_token(own: Services) -> Check:
-    name, token = "token", own.settings.api_key
-    take = "Label Studio: Account & Settings -> Access Token; set LABEL_STUDIO_API_KEY"
-    if not token:
-        return failed(name, "LABEL_STUDIO_API_KEY is not set", take)
-    kind = "personal access token" if is_personal(token) else "legacy token"
+    name, token = "token", own.label_studio.token()
+    take = "Take one in Account & Settings -> Personal Access Token, set LABEL_STUDIO_API_KEY and start hardfirst again"
+    if token is None:
+        refused = ", and Label Studio refused the token it sent itself: legacy tokens are off there, as a rule"
+        also = refused if own.label_studio.setup_token_was_refused() else ""
+        return failed(name, f"LABEL_STUDIO_API_KEY is not set{also}", take)
     try:
         user = own.label_studio.whoami()
-    except CredentialsMissing:
-        also = "" if is_personal(token) else " (is it the right one? Label Studio may have legacy tokens off)"
-        return failed(name, f"Label Studio does not accept LABEL_STUDIO_API_KEY, a {kind}{also}", take)
+    except CredentialsMissing as error:
+        return failed(name, str(error).removesuffix(f". {TAKE_ONE}"), TAKE_ONE)
+    kind = f"{kind_of(token.value)}{'' if token.name == VARIABLE else ', which came with /setup,'}"
     whose = str(user.get("email") or user.get("username") or f"user {user.get('id')}")
-    days = days_left(token)
+    left = seconds_left(token.value)
+    days = None if left is None else left / 86_400
     if days is not None and days < EXPIRES_SOON:
         ends = f"the {kind} of {whose} ends in {max(days, 0):.0f} days"
         return warning(name, ends, f"Take a new one in time: {take}")
     until = "" if days is None else f", valid for {days:,.0f} more days"
     return ok(name, f"{kind} of {whose}{until}")
-
-
-def is_personal(token: str) -> bool:
-    """A personal access token is a JWT: three parts with dots between them. A legacy token is hexadecimal."""
-    return token.count(".") == 2
-
-
-def days_left(token: str) -> float | None:
-    """Days until a personal access token ends, as it says itself; None where it does not."""
-    if not is_personal(token):
-        return None
-    body = token.split(".")[1]
-    try:
-        ends = json.loads(base64.urlsafe_b64decode(body + "=" * (-len(body) % 4)))["exp"]
-        return (float(ends) - time.time()) / 86_400
-    except (binascii.Error, ValueError, KeyError, TypeError):
-        return None
 
 
 # --- queue and store --------------------------------------------------------------------------------------------------
@@ -372,3 +382,9 @@ def _downloadable(file_name: str = "") -> Check:
         why = str(error).partition("\n")[0] or type(error).__name__
         return warning(name, f"{file_name} is not here and cannot be downloaded ({why}): {without}", fix)
     return ok(name, f"{file_name} is not here yet; the first round downloads it from {httpx.URL(url).host}")
+
+
+NEED_TORCH: dict[str, Callable[[Services], Check]] = {
+    "device": lambda own: look_at_device(own),
+    "weights": lambda own: look_at_weights(own),
+}

@@ -13,11 +13,13 @@ from sqlalchemy import Row, func, select
 
 from worker import queue, steps
 from worker.attaching import basic_auth
-from worker.boxes import LabelMap
+from worker.boxes import LabelMap, Shapes
 from worker.doctor import Check, Look, failed, ok, skipped, warning
 from worker.errors import HardfirstError, ImageUnusable, LabelConfigUnsupported, NotFound
+from worker.holdout import names_of
+from worker.image_sources import printable
 from worker.label_studio import SAMPLING, WEBHOOK_ACTIONS
-from worker.rounds import has_unlabelled
+from worker.rounds import has_unlabelled, settings_of
 from worker.services import Services
 from worker.store import (
     get_project,
@@ -98,16 +100,21 @@ def look_at_entry(own: Services, project_id: int, name: str) -> Check:
 
 
 def look_at_webhook(own: Services, project_id: int, name: str) -> Check:
-    url = f"{_row(own, project_id).backend_url.rstrip('/')}/webhook"
+    row = _row(own, project_id)
+    url = f"{row.backend_url.rstrip('/')}/webhook"
     found = own.label_studio.webhooks_to(project_id, url)
+    adopted = own.label_studio.find_webhook_by_id(project_id, row.webhook_id)
+    behind = [] if adopted is None or adopted in found else [adopted]
 
     def put_right() -> None:
-        kept = own.label_studio.own_webhook(project_id, url, basic_auth(own))
+        kept = own.label_studio.own_webhook(project_id, url, basic_auth(own), row.webhook_id)
         for hook in found:
             if int(hook["id"]) != kept:
                 own.label_studio.delete_webhook(int(hook["id"]))
 
     wrong = _wrong_with_webhook(found, basic_auth(own))
+    if behind:
+        wrong = f"our webhook still goes to {printable(str(behind[0].get('url')))[:200]}, where this backend was before"
     if not wrong:
         return ok(name, f"one to {url}, {'with our password' if basic_auth(own) else 'open, as the backend is'}")
     return failed(name, f"{wrong} ({url}): labels are only found by the regular comparison", _with_fix(), put_right)
@@ -265,7 +272,7 @@ def look_at_images(own: Services, project_id: int, name: str) -> Check:
     """The first, the middle and the last task's image: fetched and decoded as a round does it."""
     config = str(own.label_studio.project(project_id).get("label_config") or "")
     try:
-        key = LabelMap.from_config(config).image_key
+        key = LabelMap.from_config(config, _shapes(own, project_id)).image_key
     except LabelConfigUnsupported as error:
         return skipped(name, f"not looked at: {error}")
     sizes, broken = [], []
@@ -283,6 +290,10 @@ def look_at_images(own: Services, project_id: int, name: str) -> Check:
     if n_bad:
         return warning(name, f"{n_bad:,} tasks have images that could not be read", "The admin page names them")
     return ok(name, f"{len(sizes)} fetched and decoded ({', '.join(sizes)})")
+
+
+def _shapes(own: Services, project_id: int) -> Shapes:
+    return settings_of(_row(own, project_id)).shapes
 
 
 def _image_fix() -> str:
@@ -310,7 +321,7 @@ def look_at_labels(own: Services, project_id: int, name: str, *, quick: bool) ->
     """The label config, and which of its labels the published detector knows."""
     config = str(own.label_studio.project(project_id).get("label_config") or "")
     try:
-        label_map = LabelMap.from_config(config)
+        label_map = LabelMap.from_config(config, _shapes(own, project_id))
     except LabelConfigUnsupported as error:
         return failed(name, str(error), "Change it in Settings -> Labeling Interface")
     project = _row(own, project_id)
@@ -320,9 +331,10 @@ def look_at_labels(own: Services, project_id: int, name: str, *, quick: bool) ->
         published = get_round(connection, project.published_round_id)
     if published.weights is None:
         return ok(name, f"{len(label_map.labels)} in the label config; the model learns them after the first batch")
-    if quick:
-        return ok(name, f"{len(label_map.labels)} in the label config; the detector was not asked: --quick")
-    names = _class_names(own, published)
+    told = names_of(published.report)  # as it was trained: no file need be opened
+    if quick and not told:
+        return ok(name, f"{len(label_map.labels)} in the label config; the detector was not asked")
+    names = told if quick else _class_names(own, published)
     return _labels_known(name, label_map, names, is_trained=published.map50 is not None or published.number > 0)
 
 

@@ -22,7 +22,6 @@ import yaml
 from sqlalchemy import select
 
 from worker import rounds
-from worker.boxes import LabelMap
 from worker.dataset import TaskTruth, truth_of, write_image, write_labels
 from worker.errors import DatasetUnusable, ImageUnusable
 from worker.retraining import Ahead
@@ -67,7 +66,7 @@ def dataset_parts(own: Services, project_id: int) -> DatasetParts:
         barred = rounds.not_for_training(connection, project_id)
         query = select(tasks.c.task_id, tasks.c.image).where(tasks.c.project_id == project_id)
         image_of = {int(row.task_id): str(row.image) for row in connection.execute(query)}
-    label_map = LabelMap.from_config(project.label_config)
+    label_map = rounds.label_map_of(project)
     exported = own.label_studio.export(project_id)
     key = label_map.image_key
     image_of |= {int(task["id"]): str((task.get("data") or {}).get(key) or "") for task in exported}
@@ -77,6 +76,7 @@ def dataset_parts(own: Services, project_id: int) -> DatasetParts:
     if not found:
         raise DatasetUnusable("No task is labelled yet: there is no dataset to download.")
     left_out = {one.task_id: TWIN for one in found if one.task_id in barred and not held.get(one.task_id)}
+    left_out |= {one.task_id: one.unusable for one in found if one.unusable}
     truths = [one for one in found if one.task_id not in left_out]
     return DatasetParts(
         names=label_map.labels,

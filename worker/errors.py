@@ -120,7 +120,7 @@ class LabelStudioUnavailable(Unavailable):
 
 
 class CredentialsMissing(Unavailable):
-    """No access token for Label Studio. Label Studio: Account & Settings -> Access Token; set LABEL_STUDIO_API_KEY."""
+    """No token for Label Studio: take one in Account & Settings -> Personal Access Token, set LABEL_STUDIO_API_KEY."""
 
 
 class NothingToLabel(Unavailable):

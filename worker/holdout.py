@@ -12,17 +12,18 @@ import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from sqlalchemy import Connection, select, update
+from sqlalchemy import Connection, Row, select, update
 
 from strategies.diversity import near_duplicates_of_labelled
 from worker import rounds
 from worker.artifacts import round_key
 from worker.boxes import LabelMap
 from worker.dataset import TaskTruth, truth_of
-from worker.errors import NotFound
+from worker.errors import LabelConfigUnsupported, NotFound
 from worker.evaluation import Detections
 from worker.measuring import compare, renamed, write_curve
 from worker.selection import ScoredTasks, draw_holdout, generator
@@ -60,7 +61,8 @@ def truths_of(own: Services, project_id: int, label_map: LabelMap) -> list[TaskT
 
 
 def holdout_fingerprint(connection: Connection, project_id: int) -> str:
-    """What a measurement depends on beside the detections: the holdout's annotations, and the settings that judge."""
+    """What a measurement depends on beside the detections: the holdout's annotations, the labels there are, and the
+    settings that judge."""
     columns = (task_annotations.c.annotation_id, task_annotations.c.updated_at, task_annotations.c.cancelled)
     query = (
         select(*columns)
@@ -71,10 +73,19 @@ def holdout_fingerprint(connection: Connection, project_id: int) -> str:
         .where(task_annotations.c.project_id == project_id, tasks.c.holdout.is_(True), tasks.c.deleted.is_(False))
         .order_by(task_annotations.c.annotation_id)
     )
-    settings = json.loads(get_project(connection, project_id).extra_params or "{}")
+    project = get_project(connection, project_id)
+    settings = json.loads(project.extra_params or "{}")
     judged = [settings.get(name) for name in _SETTINGS_THAT_JUDGE]
+    judged.append(_labels_of(project))
     annotations = [list(row) for row in connection.execute(query)]
     return hashlib.sha256(json.dumps([judged, annotations]).encode()).hexdigest()
+
+
+def _labels_of(project: Row[Any]) -> list[str]:
+    try:
+        return list(rounds.label_map_of(project).labels)
+    except LabelConfigUnsupported:
+        return []  # whoever measures says what is wrong with it
 
 
 def remember_measured(connection: Connection, project_id: int, fingerprint: str) -> None:
@@ -133,7 +144,7 @@ def remeasure_if_changed(own: Services, project_id: int) -> bool:
     soon = time.time() - (project.remeasured_at or 0.0) < REMEASURE_EVERY
     if is_same or soon or not measured or (busy is not None and busy.state == "training"):
         return False
-    label_map = LabelMap.from_config(project.label_config)
+    label_map = rounds.label_map_of(project)
     truths = truths_of(own, project_id, label_map)
     with own.store.read() as connection:
         held = {task_id for task_id, is_held in rounds.holdout_of(connection, project_id).items() if is_held}

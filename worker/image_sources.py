@@ -10,7 +10,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import takewhile
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
+from urllib.parse import quote
 
 import fsspec
 from PIL import Image
@@ -86,11 +87,30 @@ class ImageReader:
             ImageAway: its bytes cannot be had.
             ImageUnusable: too large, or no image.
         """
+        return self.open_with_content(image)[0]
+
+    def open_with_content(self, image: SourceImage) -> tuple[Image.Image, bytes]:
+        """As `open`, and the file's bytes."""
+        content = self.read(image)
+        return self.decode(content), content
+
+    def decode(self, content: bytes) -> Image.Image:
+        """The pixels of a file: RGB, in the displayed frame.
+
+        Raises:
+            ImageUnusable: too large, or no image.
+        """
+        return decode_image(content, self._max_pixels)
+
+    def read(self, image: SourceImage) -> bytes:
+        """The file's bytes.
+
+        Raises:
+            ImageAway: they cannot be had.
+            ImageUnusable: they are too many.
+        """
         if image.missing:
             raise ImageAway("there is no such file")
-        return decode_image(self._read(image), self._max_pixels)
-
-    def _read(self, image: SourceImage) -> bytes:
         if (image.size or 0) > self._max_bytes:
             raise ImageUnusable(
                 f"it has {image.size:,} bytes; at most {self._max_bytes:,} are read. Shrink it, or raise "
@@ -103,6 +123,51 @@ class ImageReader:
             return bytes(filesystem.cat_file(path))
         except Exception as error:  # each of fsspec's backends has exceptions of its own
             raise ImageAway(f"it cannot be read: {type(error).__name__} {error}") from error
+
+
+class Naming(Protocol):
+    """How Label Studio's tasks are to name images: at most one of the two."""
+
+    @property
+    def image_url_prefix(self) -> str | None: ...
+
+    @property
+    def local_files_root(self) -> Path | None: ...
+
+
+def check_references(naming: Naming, images: Sequence[SourceImage]) -> None:
+    """Refuse, before hours of work, what would end in references that cannot be made.
+
+    Raises:
+        BadRequest: both ways of naming images, or an image outside of the root.
+    """
+    if naming.image_url_prefix is not None and naming.local_files_root is not None:
+        raise BadRequest("--image-url-prefix and --local-files-root are two ways to name images: give one.")
+    for image in images:
+        reference_of(image, naming)
+
+
+def reference_of(image: SourceImage, naming: Naming) -> str:
+    """How Label Studio's task names the image.
+
+    Raises:
+        BadRequest: it is not below --local-files-root.
+    """
+    if naming.image_url_prefix is not None:
+        prefix = naming.image_url_prefix
+        return f"{prefix}{'' if prefix.endswith(('/', '=', '?', '&')) else '/'}{_quoted(image.key)}"
+    if naming.local_files_root is not None:
+        root = os.path.abspath(naming.local_files_root.expanduser()).rstrip("/")
+        if not image.path.startswith(f"{root}/"):
+            raise BadRequest(
+                f"{printable(image.path)} is not below --local-files-root {root}, from which Label Studio serves files."
+            )
+        return f"/data/local-files/?d={_quoted(image.path.removeprefix(f'{root}/'))}"
+    return printable(image.path if "://" in image.path else image.key)
+
+
+def _quoted(path: str) -> str:
+    return quote(os.fsencode(path))
 
 
 def _of_source(source: str) -> Iterator[SourceImage]:

@@ -4,6 +4,8 @@ Where the value under the image key may point, and who is asked:
 
     /data/upload/..., /data/local-files/?d=...     Label Studio, with the access token (so are its other data paths)
     http(s)://<Label Studio>/data/...              the same, also under a loopback name or a name it is known by
+    ... /data/local-files/?d=...                   first HARDFIRST_LOCAL_FILES_ROOT, where that folder is mounted
+    s3://, gs:// in HARDFIRST_IMAGE_BUCKETS        the bucket, with the credentials of this machine
     s3://, gs://, azure-blob://                    Label Studio's presign address of the task, then where it redirects
     http(s)://<host in HARDFIRST_IMAGE_HOSTS>/...  that host, without credentials
     data:image/...;base64,...                      nobody
@@ -24,6 +26,7 @@ import struct
 import time
 from collections.abc import Callable, Mapping
 from functools import cache
+from pathlib import Path
 from types import TracebackType
 from urllib.parse import unquote
 
@@ -32,6 +35,7 @@ import numpy as np
 from PIL import ExifTags, Image
 
 from worker.errors import CredentialsMissing, ImageUnusable, LabelStudioUnavailable
+from worker.image_stores import Buckets, LocalFiles
 
 MAX_REDIRECTS = 3  # presign -> bucket -> region is two
 TIMEOUT_SECONDS = 60.0  # for one image: Label Studio proxies 64 MB from cloud storage at a few MB/s
@@ -72,6 +76,9 @@ class ImageFetcher:
         label_studio_names: further addresses under which tasks may name Label Studio, e.g. the `hostname` of
             /setup ("https://labels.example.com"). They are never contacted: such URLs are fetched from
             `label_studio_url`.
+        local_files_root: the folder Label Studio serves local files from, where it is mounted here.
+        buckets: s3:// and gs:// buckets (or folders in them) that are read straight.
+        check_token: asked when Label Studio refuses an image: raises CredentialsMissing where it refuses all else too.
         transport: for tests; its responses must be streams.
     """
 
@@ -84,15 +91,21 @@ class ImageFetcher:
         max_pixels: int = MAX_PIXELS,
         timeout: float = TIMEOUT_SECONDS,
         label_studio_names: frozenset[str] = frozenset(),
+        local_files_root: Path | None = None,
+        buckets: frozenset[str] = frozenset(),
+        check_token: Callable[[], None] | None = None,
         transport: httpx.BaseTransport | None = None,
     ) -> None:
         self._base = httpx.URL(label_studio_url.rstrip("/"))
         self._names = {_origin(_parse_url(name)) for name in label_studio_names if name}
         self._auth_headers = auth_headers
+        self._check_token = check_token
         self._allowed_hosts = frozenset(host.lower() for host in allowed_hosts)
         self._max_bytes = max_bytes
         self._max_pixels = max_pixels
         self._timeout = timeout
+        self._local_files = None if local_files_root is None else LocalFiles(local_files_root, max_bytes)
+        self._buckets = Buckets(buckets, max_bytes)
         self._client = httpx.Client(timeout=timeout, follow_redirects=False, transport=transport)
 
     @property
@@ -111,10 +124,13 @@ class ImageFetcher:
             ImageUnusable: it may not or cannot be fetched; the message says which and what to do.
             LabelStudioUnavailable: Label Studio does not answer.
             CredentialsMissing: Label Studio does not accept the access token.
+            SettingsInvalid: what reads a listed bucket is not installed.
         """
         value = _value_of(task_data, image_key)
         if value.startswith("data:"):
             return self._inline(value)
+        if (content := self._buckets.read(value)) is not None:
+            return content
         try:
             return self._follow(value, self._first_url(value, task_id))
         except ImageUnusable as error:
@@ -124,6 +140,8 @@ class ImageFetcher:
 
     def _follow(self, value: str, first: httpx.URL) -> bytes:
         url, is_label_studio = self._route(first)
+        if is_label_studio and (content := self._mounted(url)) is not None:
+            return content
         may_authenticate = True
         deadline = time.monotonic() + self._timeout
         for _ in range(MAX_REDIRECTS + 1):
@@ -136,6 +154,12 @@ class ImageFetcher:
             f"{_shown(value)} redirects more than {MAX_REDIRECTS} times. If Label Studio sends http to https, set "
             "LABEL_STUDIO_URL to the https address."
         )
+
+    def _mounted(self, url: httpx.URL) -> bytes | None:
+        """The file of a /data/local-files/?d=... address, where its folder is mounted here."""
+        if self._local_files is None or self._path(url).rstrip("/") != "/data/local-files":
+            return None
+        return self._local_files.read(url.params.get("d", ""))
 
     def open(self, task_data: Mapping[str, object], image_key: str, task_id: int | None = None) -> Image.Image:
         """The pixels of a task's image: RGB, in the displayed frame, fully decoded.
@@ -271,15 +295,17 @@ class ImageFetcher:
         if status in (401, 403):
             raise ImageUnusable(
                 f"{_shown(url)} needs credentials (HTTP {status}), and hardfirst sends none there. Use a presigned "
-                "URL, or add the bucket to Label Studio as a storage."
+                "URL, add the bucket to Label Studio as a storage, or name it in HARDFIRST_IMAGE_BUCKETS."
             )
         raise ImageUnusable(f"{_shown(url)} is answered with HTTP {status}, not with an image.")
 
     def _check_label_studio(self, status: int, url: httpx.URL) -> None:
         if status == 401:
+            if self._check_token is not None:
+                self._check_token()  # says what is wrong with it; or renews it, for the next attempt
             raise CredentialsMissing(
                 "Label Studio refused the access token (HTTP 401) for an image. Make one in Account & Settings -> "
-                "Access Token and set LABEL_STUDIO_API_KEY."
+                "Personal Access Token and set LABEL_STUDIO_API_KEY."
             )
         if status == 403:
             raise ImageUnusable(
@@ -379,8 +405,12 @@ def _formats() -> tuple[str, ...]:
 def orientation_of(image: Image.Image) -> int:
     """EXIF orientation, 1 to 8, of a loaded image; 1 when it says none, or nothing that can be read (as browsers do).
 
-    Only EXIF counts: Pillow's `getexif` would also believe XMP, which browsers do not. TIFF is turned by `load`.
+    Only EXIF counts: Pillow's `getexif` would also believe XMP, which browsers do not. TIFF is turned by `load`. WebP
+    is never turned: Chromium shows it as it is stored (tests/worker/test_frames.py asks it), and boxes are drawn on
+    what is shown. Safari is said to turn it.
     """
+    if image.format == "WEBP":
+        return 1
     raw = image.info.get("exif")
     if not isinstance(raw, bytes):
         return 1
@@ -415,6 +445,13 @@ def to_rgb(image: Image.Image) -> Image.Image:
         return image if image.mode == "RGB" else image.convert("RGB")
     except ValueError as error:
         raise ImageUnusable(f"the image's pixels (mode {image.mode}) cannot be made RGB: {error}") from error
+
+
+def as_png(image: Image.Image) -> bytes:
+    """The file of an image, with nothing lost."""
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return file.getvalue()
 
 
 def _scaled(image: Image.Image) -> Image.Image:

@@ -26,7 +26,7 @@ from worker.holdout import remeasure_if_changed
 from worker.preview import make_preview
 from worker.publishing import purge_versions, select_and_publish
 from worker.retraining import train_and_measure, train_one_member
-from worker.scoring import plan_selection, score_alone, score_late, score_one_shard
+from worker.scoring import enqueue_late, plan_selection, score_all_late, score_alone, score_late, score_one_shard
 from worker.services import Services, from_environment
 from worker.store import (
     OPEN_STATES,
@@ -146,9 +146,21 @@ def predict(project_id: int, images: Sequence[Sequence[Any]]) -> list[dict[str, 
     return score_alone(services(), project_id, [(int(task_id), str(image)) for task_id, image in images])
 
 
+def late(project_id: int) -> None:
+    """Tasks without a score of the published version: scored and written to Label Studio."""
+    score_all_late(services(), project_id)
+
+
 def preview(project_id: int, preview_id: str) -> None:
     """A batch under other settings, for the page."""
     make_preview(services(), project_id, preview_id)
+
+
+def examine(names: Sequence[str]) -> list[dict[str, Any]]:
+    """What the page's check-up asks a worker: the checks of the deployment that need torch, as this host sees them."""
+    from worker.doctor import examined_here
+
+    return examined_here(services(), names)
 
 
 def suspects(project_id: int, round_id: int) -> None:
@@ -209,5 +221,6 @@ def _reconcile_project(own: Services, project: Row[Any]) -> None:
         with own.store.write() as connection:
             record_event(connection, project.id, "reconciled", detail="a round was opened that no webhook had opened")
     remeasure_if_changed(own, project.id)
-    score_late(own, project.id)
+    if score_late(own, project.id):  # the others of this minute's projects wait for it
+        enqueue_late(own.redis, project.id)
     heal(own, project.id)  # after it: a version can be served from its first prediction on

@@ -1,19 +1,22 @@
 """The only file that talks to Label Studio. Utility and rank become Label Studio's `score` here, and nowhere else.
 
-The SDK's client brings the credentials (a personal access token is a refresh token; it renews the five-minute one).
-The requests are plain JSON: the bulk import, the webhook and the tab are not typed in the SDK.
+The requests are plain JSON: the bulk import, the webhook and the tab are not typed in the SDK, and its client renews an
+access token only after it has ended, by this machine's clock. What tokens are is worker.credentials' business.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import re
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
+from urllib.parse import quote
 
 import httpx
 
+from worker.credentials import Header, SetupToken, Token, refusal
 from worker.errors import (
     CredentialsMissing,
     LabelStudioRefused,
@@ -21,6 +24,8 @@ from worker.errors import (
     NotFound,
     PublishIncomplete,
 )
+
+log = logging.getLogger(__name__)
 
 WEBHOOK_ACTIONS = (
     "ANNOTATION_CREATED",
@@ -61,9 +66,21 @@ def model_version(round_number: int) -> str:
     return f"al-{round_number:06d}"
 
 
-def prediction(task_id: int, regions: str | None, score: float | None, version: str, holdout: bool) -> dict[str, Any]:
-    """One prediction as Label Studio's bulk import takes it."""
+def prediction(
+    task_id: int,
+    regions: str | None,
+    score: float | None,
+    version: str,
+    holdout: bool,
+    shows: Callable[[Mapping[str, Any]], bool] | None = None,
+) -> dict[str, Any]:
+    """One prediction as Label Studio's bulk import takes it.
+
+    Args:
+        shows: whether a region fits today's label config; for one that does not, the import drops the prediction.
+    """
     result = [] if holdout or not regions else json.loads(regions)
+    result = result if shows is None else [region for region in result if shows(region)]
     return {"task": task_id, "result": result, "score": 1.0 if score is None else score, "model_version": version}
 
 
@@ -78,30 +95,76 @@ class LabelStudio:
     (connection, timeout, 5xx) and LabelStudioRefused when it answers 4xx, NotFound for 404.
     """
 
-    def __init__(self, url: str, api_key: str) -> None:
+    def __init__(self, url: str, api_key: str, setup_token: SetupToken | None = None) -> None:
+        """
+        Args:
+            api_key: a legacy token or a personal access token.
+            setup_token: what Label Studio sent with /setup, for when there is no `api_key`.
+        """
         self.url = url.rstrip("/")
         self._api_key = api_key
-        self._sdk: Any = None
-        self._lock = threading.Lock()
+        self._setup_token = setup_token
+        self._offering = threading.Lock()
+        self._header = Header(self.token, self._access_token)
         self._http = httpx.Client(base_url=self.url, timeout=httpx.Timeout(QUICK, connect=5.0))
 
     def close(self) -> None:
         self._http.close()
 
+    def token(self) -> Token | None:
+        """What is configured; else what Label Studio sent with /setup, if it works; None without either."""
+        if self._api_key:
+            return Token(self._api_key)
+        return None if self._setup_token is None else self._setup_token.get()
+
+    def setup_token_was_refused(self) -> bool:
+        """Whether no token is configured, and the one that came with /setup did not work."""
+        return self.token() is None and self._setup_token is not None and self._setup_token.was_refused()
+
     def auth_headers(self) -> dict[str, str]:
         """The Authorization header, of a token that is valid now."""
-        if not self._api_key:
-            raise CredentialsMissing
+        return {"Authorization": self._header.get()}
+
+    def offer_setup_token(self, value: str) -> None:
+        """Try a token that came with /setup, once, where none is configured. Returns at once: Label Studio waits."""
+        if self._api_key or self._setup_token is None or not self._setup_token.is_news(value):
+            return
+        if self._offering.acquire(blocking=False):  # Label Studio calls /setup twice
+            threading.Thread(target=self._try_setup_token, args=(value,), daemon=True, name="setup-token").start()
+
+    def _try_setup_token(self, value: str) -> None:
+        assert self._setup_token is not None
         try:
-            with self._lock:  # the SDK's client refreshes in place
-                if self._sdk is None:
-                    self._sdk = _sdk_client(self.url, self._api_key)
-                headers = self._sdk._client_wrapper.get_headers()
-        except httpx.HTTPError as error:
-            raise LabelStudioUnavailable(f"Label Studio at {self.url} does not answer: {error}") from error
-        except Exception as error:  # the SDK raises what it meets: its ApiError, jwt's, json's
-            raise _token_error(self.url, error) from error
-        return {"Authorization": headers["Authorization"]}
+            if self._setup_token.offer(value, self._accepts):
+                log.info("the token that Label Studio sent with /setup works: it is kept")
+        except (LabelStudioUnavailable, OSError) as error:
+            log.warning("the token that came with /setup was not tried: %s", error)
+        finally:
+            self._offering.release()
+
+    def _accepts(self, token: Token) -> bool:
+        """Whether Label Studio takes this token, whatever is configured."""
+        try:
+            response = self._send(
+                "GET", "/api/current-user/whoami", {"Authorization": Header(lambda: token, self._access_token).get()}
+            )
+        except CredentialsMissing:
+            return False
+        if response.status_code in (401, 403):
+            return False
+        _checked(response, "GET", "/api/current-user/whoami")
+        return True
+
+    def _access_token(self, token: Token) -> str:
+        """A new access token for a personal one."""
+        path = "/api/token/refresh/"
+        response = self._send("POST", path, {}, json={"refresh": token.value})
+        if response.status_code in (400, 401, 403):
+            raise refusal(self.url, token, response.text)
+        found = _checked(response, "POST", path)
+        if not isinstance(found, dict) or not isinstance(found.get("access"), str):
+            raise LabelStudioUnavailable(f"POST {path} gave no access token: is {self.url} Label Studio?")
+        return str(found["access"])
 
     def _request(
         self,
@@ -112,16 +175,38 @@ class LabelStudio:
         extra_headers: Mapping[str, str] | None = None,
         **kwargs: Any,
     ) -> Any:
-        headers = {**self.auth_headers(), **(extra_headers or {})}
+        response = self._answer(method, path, dict(extra_headers or {}), timeout, **kwargs)
+        return _checked(response, method, path)
+
+    def _answer(
+        self, method: str, path: str, others: Mapping[str, str], timeout: float = QUICK, **kwargs: Any
+    ) -> httpx.Response:
+        """With the token; where Label Studio refuses an access token, once more with a new one."""
+        header = self._header.get()
+        response = self._send(method, path, {"Authorization": header, **others}, timeout, **kwargs)
+        if response.status_code == 401:  # nothing was done: with a header made anew it may be
+            again = self._header.get(refused=header)
+            if again != header:
+                response = self._send(method, path, {"Authorization": again, **others}, timeout, **kwargs)
+        if response.status_code == 401 and (token := self.token()) is not None:
+            raise refusal(self.url, token, response.text, was_renewed=header.startswith("Bearer "))
+        return response
+
+    def _send(
+        self, method: str, path: str, headers: Mapping[str, str], timeout: float = QUICK, **kwargs: Any
+    ) -> httpx.Response:
         try:
-            response = self._http.request(
-                method, path, headers=headers, timeout=httpx.Timeout(timeout, connect=5.0), **kwargs
+            return self._http.request(
+                method, path, headers=dict(headers), timeout=httpx.Timeout(timeout, connect=5.0), **kwargs
             )
+        except (httpx.LocalProtocolError, UnicodeEncodeError) as error:  # a token that no header can carry
+            raise CredentialsMissing(
+                "LABEL_STUDIO_API_KEY holds characters that no token has. Copy it again, and it alone"
+            ) from error
         except httpx.HTTPError as error:
             raise LabelStudioUnavailable(
-                f"Label Studio at {self.url} does not answer ({method} {path}): {type(error).__name__}"
+                f"Label Studio at {self.url} does not answer ({type(error).__name__}). Rounds wait until it is back."
             ) from error
-        return _checked(response, method, path)
 
     def server_version(self) -> str:
         """Which Label Studio answers, asked without a token; empty where it does not say."""
@@ -138,7 +223,13 @@ class LabelStudio:
 
     def whoami(self) -> dict[str, Any]:
         """The token's user: id, email, active_organization and more."""
-        return dict(self._request("GET", "/api/current-user/whoami"))
+        return dict(self._request("GET", "/api/current-user/whoami") or {})
+
+    def check_token(self) -> None:
+        """Return if Label Studio answers and takes the token, whatever it says."""
+        response = self._answer("GET", "/api/current-user/whoami", {})
+        if response.status_code != 200:
+            _checked(response, "GET", "/api/current-user/whoami")
 
     def project(self, project_id: int) -> dict[str, Any]:
         return dict(self._request("GET", f"/api/projects/{project_id}/"))
@@ -148,13 +239,15 @@ class LabelStudio:
         body = {"model_version": version, "show_collab_predictions": True, "sampling": SAMPLING}
         self._request("PATCH", f"/api/projects/{project_id}/", json=body)
 
-    def tasks(self, project_id: int, *, labelled_only: bool = False) -> Iterator[list[dict[str, Any]]]:
-        """Pages of tasks: id and data; with `labelled_only`, tasks that have annotations, with these."""
+    def tasks(
+        self, project_id: int, *, labelled_only: bool = False, include: str = "id,data"
+    ) -> Iterator[list[dict[str, Any]]]:
+        """Pages of tasks with the fields of `include`; with `labelled_only`, the annotated ones with all fields."""
         params: dict[str, Any] = {"project": project_id, "page_size": PAGE}
         if labelled_only:
             params |= {"fields": "all", "query": json.dumps({"filters": _HAS_ANNOTATIONS})}
         else:
-            params["include"] = "id,data"
+            params["include"] = include
         page = 1
         while True:
             try:
@@ -189,6 +282,46 @@ class LabelStudio:
         params = {"exportType": "JSON", "download_all_tasks": "false"}
         return list(self._request("GET", f"/api/projects/{project_id}/export", params=params, timeout=SLOW))
 
+    def projects_titled(self, title: str) -> list[dict[str, Any]]:
+        """Projects with exactly this title: id, title, label_config and more."""
+        body = self._request("GET", "/api/projects/", params={"title": title, "page_size": PAGE})
+        found = body["results"] if isinstance(body, dict) else body
+        return [dict(one) for one in found if one.get("title") == title]
+
+    def create_project(self, title: str, label_config: str) -> int:
+        body = {"title": title, "label_config": label_config}
+        return int(self._request("POST", "/api/projects/", json=body, timeout=SLOW)["id"])
+
+    def upload_files(self, project_id: int, files: Sequence[tuple[str, bytes]]) -> list[str]:
+        """Put files on Label Studio without tasks; the address of each, in order. It reads the whole request at once.
+
+        Args:
+            files: name and content; at most 100, together below 250 MB.
+        """
+        path = f"/api/projects/{project_id}/import"
+        # every file under a field of its own: of several under one, Label Studio keeps the last
+        fields = {f"f{number}": one for number, one in enumerate(files)}
+        answer = self._request("POST", path, params={"commit_to_project": "false"}, files=fields, timeout=SLOW)
+        ids = [int(one) for one in answer["file_upload_ids"]]
+        params = {"ids": json.dumps(ids)}
+        known = self._request("GET", f"/api/projects/{project_id}/file-uploads", params=params, timeout=SLOW)
+        address_of = {int(one["id"]): _upload_address(one) for one in known}
+        return [address_of[one] for one in ids]
+
+    def uploads(self, project_id: int) -> dict[str, int | None]:
+        """Address -> bytes of every file that the token's user has uploaded, with or without a task."""
+        params = {"all": "true"}
+        found = self._request("GET", f"/api/projects/{project_id}/file-uploads", params=params, timeout=SLOW)
+        return {_upload_address(one): one.get("size") for one in found}
+
+    def import_tasks(self, project_id: int, new: Sequence[Mapping[str, Any]]) -> None:
+        """Make tasks. Every request recounts the project's tasks: many at a time."""
+        self._request("POST", f"/api/projects/{project_id}/import", json=list(new), timeout=SLOW)
+
+    def storages(self, project_id: int, kind: str) -> list[dict[str, Any]]:
+        """The project's source storages of a kind: localfiles, s3, gcs, azure."""
+        return [dict(one) for one in self._request("GET", f"/api/storages/{kind}", params={"project": project_id})]
+
     def versions(self, project_id: int) -> dict[str, int]:
         """Predictions per model version."""
         found = self._request("GET", f"/api/projects/{project_id}/model-versions/")
@@ -215,27 +348,44 @@ class LabelStudio:
                     "the version published before stays. Was the label config changed in this minute?"
                 )
 
-    def own_webhook(self, project_id: int, webhook_url: str, headers: Mapping[str, str]) -> int:
+    def own_webhook(
+        self, project_id: int, webhook_url: str, headers: Mapping[str, str], adopted: int | None = None
+    ) -> int:
         """Give the webhook that Label Studio registered for us its header and its actions; its id.
 
         Creates one only where there is none (Label Studio then adds no second one: same URL).
+
+        Args:
+            adopted: id of the one that was ours before. When the backend has moved, Label Studio leaves it at the old
+                address: it is brought to the new one, or deleted where another is there already.
         """
-        body = {
-            "url": webhook_url,
-            "send_payload": True,
-            "send_for_all_actions": False,
-            "is_active": True,
-            "actions": list(WEBHOOK_ACTIONS),
-            "headers": dict(headers),
-        }
-        ours = self.find_webhook(project_id, webhook_url)
-        if ours is None:
-            created = self._request("POST", "/api/webhooks/", json={**body, "project": project_id})
-            return int(created["id"])
-        wanted = {**body, "url": ours["url"], "actions": sorted(WEBHOOK_ACTIONS)}
+        kept = self.mend_webhook(project_id, webhook_url, headers, adopted)
+        if kept is not None:
+            return kept
+        body = {**_webhook_body(webhook_url, headers), "project": project_id}
+        return int(self._request("POST", "/api/webhooks/", json=body)["id"])
+
+    def mend_webhook(
+        self, project_id: int, webhook_url: str, headers: Mapping[str, str], adopted: int | None = None
+    ) -> int | None:
+        """As `own_webhook`, but where there is none, none is made, and None returned."""
+        every = [dict(hook) for hook in self._request("GET", "/api/webhooks/", params={"project": project_id})]
+        to_us = [hook for hook in every if _address(hook.get("url", "")) == _address(webhook_url)]
+        left_behind = [hook for hook in every if hook["id"] == adopted and hook not in to_us]
+        if not to_us and not left_behind:
+            return None
+        ours = (to_us or left_behind)[0]
+        # one that reaches us keeps its spelling: Label Studio compares letter by letter before it adds another
+        wanted = _webhook_body(ours["url"] if to_us else webhook_url, headers)
         if wanted != {name: ours.get(name) for name in wanted} | {"actions": sorted(ours.get("actions") or [])}:
             self._request("PATCH", f"/api/webhooks/{ours['id']}/", json=wanted)
+        if to_us and left_behind:
+            self.delete_webhook(int(left_behind[0]["id"]))
         return int(ours["id"])
+
+    def find_webhook_by_id(self, project_id: int, webhook_id: int | None) -> dict[str, Any] | None:
+        found = self._request("GET", "/api/webhooks/", params={"project": project_id})
+        return next((dict(hook) for hook in found if hook["id"] == webhook_id), None)
 
     def find_webhook(self, project_id: int, webhook_url: str) -> dict[str, Any] | None:
         return next(iter(self.webhooks_to(project_id, webhook_url)), None)
@@ -293,6 +443,17 @@ class LabelStudio:
         return int(self._request("POST", "/api/dm/views/", json=body)["id"])
 
 
+def _webhook_body(url: str, headers: Mapping[str, str]) -> dict[str, Any]:
+    return {
+        "url": url,
+        "send_payload": True,
+        "send_for_all_actions": False,
+        "is_active": True,
+        "actions": sorted(WEBHOOK_ACTIONS),
+        "headers": dict(headers),
+    }
+
+
 def _import_bodies(predictions: Iterable[Mapping[str, Any]]) -> Iterator[tuple[str, int, bytes]]:
     """(version of the first, how many, JSON array) of requests that are large, and not too large."""
     parts: list[bytes] = []
@@ -308,15 +469,6 @@ def _import_bodies(predictions: Iterable[Mapping[str, Any]]) -> Iterator[tuple[s
         size += len(part)
     if parts:
         yield version, len(parts), b"[" + b",".join(parts) + b"]"
-
-
-def _sdk_client(url: str, api_key: str) -> Any:
-    from label_studio_sdk.client import (
-        LabelStudio as SdkClient,  # half a second of imports: not when a web process starts
-    )
-
-    make: Any = SdkClient  # untyped
-    return make(base_url=url, api_key=api_key)
 
 
 _HAS_ANNOTATIONS = {
@@ -372,6 +524,11 @@ def _address(url: str) -> tuple[str, int | None, str]:
     return (parsed.host.lower(), port, parsed.path.rstrip("/"))
 
 
+def _upload_address(upload: Mapping[str, Any]) -> str:
+    """The address that tasks name an uploaded file by."""
+    return "/data/" + quote(str(upload["file"]).lstrip("/"))
+
+
 def names_missing_task(error: LabelStudioRefused) -> bool:
     """Whether an import was refused because a task is no longer there."""
     return 'invalid \\"task\\" field' in str(error) or 'invalid "task" field' in str(error)
@@ -382,23 +539,12 @@ def _excerpt(text: str) -> str:
     return text if len(text) <= 500 else f"{text[:150]} ... {text[-350:]}"
 
 
-def _token_error(url: str, error: Exception) -> Exception:
-    """What it means that a personal access token could not be made into one that is valid now."""
-    status = getattr(error, "status_code", None)
-    if isinstance(error, ValueError) or (isinstance(status, int) and status not in (400, 401, 403)):
-        return LabelStudioUnavailable(f"Label Studio at {url} did not renew the access token ({type(error).__name__})")
-    return CredentialsMissing(
-        f"Label Studio at {url} did not accept LABEL_STUDIO_API_KEY ({type(error).__name__}). "
-        "Take a new one: Account & Settings -> Access Token"
-    )
-
-
 def _checked(response: httpx.Response, method: str, path: str) -> Any:
     where = f"{method} {path}"
     if response.status_code in (401, 403):  # the round waits: somebody will mend it, and nothing is wrong with the work
         raise CredentialsMissing(
-            f"Label Studio answered {response.status_code} to {where}: LABEL_STUDIO_API_KEY is not valid, or its user "
-            "may not change this project. Take a token: Account & Settings -> Access Token"
+            f"Label Studio answered {response.status_code} to {where}: the user of LABEL_STUDIO_API_KEY may not change "
+            "this project. Add them to it, or take somebody else's token: Account & Settings -> Personal Access Token"
         )
     if response.status_code == 404:
         raise NotFound(f"Label Studio has no {path} (404)")

@@ -25,14 +25,15 @@ FETCHERS = 4
 Opened: TypeAlias = "Image.Image | Framed | ImageUnusable"  # framed: the pixels are let go of
 Look: TypeAlias = "ImageScore | NDArray[np.float32] | ImageUnusable"  # by the detector, by the descriptor, or why not
 Reference = TypeVar("Reference")
+Result = TypeVar("Result")
 
 
 def opened_ahead(
-    references: Iterable[Reference], open_one: Callable[[Reference], Opened], pool: ThreadPoolExecutor
-) -> Iterator[Opened]:
+    references: Iterable[Reference], open_one: Callable[[Reference], Result], pool: ThreadPoolExecutor
+) -> Iterator[Result]:
     """The images in their order, a few fetched and decoded ahead."""
     waiting = iter(references)
-    ahead: deque[Future[Opened]] = deque()
+    ahead: deque[Future[Result]] = deque()
     while True:
         for reference in islice(waiting, AT_ONCE - len(ahead)):
             ahead.append(pool.submit(open_one, reference))
@@ -74,7 +75,7 @@ def _described(one: Opened) -> Look:
 def _look_by(
     detector: Detector, opened: Iterable[Opened], settings: ProjectSettings, confidence: float
 ) -> Iterator[ImageScore | ImageUnusable]:
-    low = lowest_candidate(settings)
+    low = min(lowest_candidate(settings), confidence)  # what is drawn is a candidate
     return detector.score_each(opened, imgsz=settings.imgsz, confidence=confidence, low=low)
 
 

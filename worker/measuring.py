@@ -222,7 +222,7 @@ def on_common_images(detections: Mapping[int, Detections], truths: Sequence[Task
     An image that one round could not read would make its mAP one of other images, and the gain one of luck.
     """
     common = set.intersection(*(set(found.keys.tolist()) for found in detections.values())) if detections else set()
-    kept = [truth for truth in truths if truth.task_id in common]
+    kept = [truth for truth in truths if truth.task_id in common and not truth.unusable]
     return {key: evaluate(found, truth_for(found, kept)) for key, found in detections.items()}
 
 

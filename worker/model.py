@@ -22,7 +22,7 @@ from strategies.diversity import near_duplicates_of_labelled
 from strategies.late import DISAGREEMENT
 from strategies.uncertainty import MEASURES
 from worker.artifacts import round_key
-from worker.boxes import LabelMap, to_regions
+from worker.boxes import LOWEST_THRESHOLD, LabelMap, to_regions
 from worker.descriptor import DESCRIPTOR_NAME
 from worker.detector import Detector, ImageScore, prepare_ultralytics
 from worker.errors import BadRequest, ImageUnusable, LabelMismatch
@@ -55,7 +55,7 @@ class Scorer:
         self.services = services
         self._project_id, self._round = int(project.id), round_row
         self.settings: ProjectSettings = settings_of(round_row)
-        self.label_map = LabelMap.from_config(project.label_config)
+        self.label_map = LabelMap.from_config(project.label_config, self.settings.shapes)
         self.detector = _load_detector(services, round_row.weights, round_row.weights_sha256)
         self.members = _load_members(services, round_row)
         self.embedder = round_row.weights_sha256 or DESCRIPTOR_NAME
@@ -108,15 +108,24 @@ class Scorer:
 
     @property
     def confidence(self) -> float:
-        """The label config's model_score_threshold wins over the setting."""
-        return self.label_map.score_threshold or self.settings.confidence
+        """The lowest at which anything is drawn: a control's model_score_threshold wins over the setting."""
+        return max(self.label_map.lowest_threshold(self.settings.confidence), LOWEST_THRESHOLD)
+
+    @cached_property
+    def _thresholds(self) -> dict[int, float]:
+        """Class id of the detector -> confidence from which its label's boxes are drawn."""
+        return {
+            class_id: max(self.label_map.threshold_of(label, self.settings.confidence), LOWEST_THRESHOLD)
+            for class_id, label in self.class_to_label.items()
+        }
 
     def _task_score(self, task_id: int, look: Look, disagreement: float | None) -> TaskScore:
         if isinstance(look, ImageUnusable):
             return TaskScore(task_id, problem=str(look))
         if not isinstance(look, ImageScore):
             return TaskScore(task_id, measures=dict.fromkeys(MEASURES, 1.0), embedding=look)
-        drawn = look.confidences >= self.confidence
+        needed = [self._thresholds.get(int(class_id), 1.0) for class_id in look.class_ids]  # unknown: no region either
+        drawn = look.confidences >= np.array(needed, dtype=np.float64)
         regions = to_regions(
             self.label_map,
             look.boxes_xyxy[drawn],

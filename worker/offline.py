@@ -6,8 +6,6 @@ that the same command goes on where it was stopped.
 
 from __future__ import annotations
 
-import contextlib
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +13,6 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import quote
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,13 +21,12 @@ from strategies.errors import StrategyError
 from strategies.options import OPTIONS, check_name, validate_options
 from strategies.uncertainty import MEASURES
 from worker.arms import parse_arms
-from worker.boxes import LabelMap
+from worker.boxes import LOWEST_THRESHOLD, LabelMap
 from worker.descriptor import DESCRIPTOR_NAME
-from worker.errors import BadRequest, Conflict, ImageUnusable, LabelMismatch, SettingsInvalid
-from worker.image_sources import ImageAway, ImageReader, SourceImage, find_images, printable
+from worker.errors import BadRequest, ImageUnusable, LabelMismatch
+from worker.image_sources import ImageAway, ImageReader, SourceImage, check_references, find_images, printable
 from worker.looking import FETCHERS, Look, Opened, look_at, opened_ahead
-from worker.offline_scores import PART_IMAGES, ImageRow, PartStore, ScoreTable, identity_of
-from worker.processes import lock_folder
+from worker.offline_scores import PART_IMAGES, ImageRow, PartStore, ScoreTable, folder_of_one, identity_of
 from worker.selection import Batch, ScoredTasks, generator, next_batch
 from worker.settings import ProjectSettings, Settings
 from worker.uncertainty import measures_of, reading_of
@@ -154,10 +150,10 @@ def rank(request: Request, settings: Settings, progress: Progress | None = None)
     pool, labelled = _pool_and_labelled(request)
     check_references(request, pool)
     images = [*pool, *labelled]
-    with _folder_of_one(request.out / STATE) as folder:
+    with folder_of_one(request.out / STATE, "score") as folder:
         eyes = open_eyes(request, settings, folder)
         label_map, class_to_label = _labels(request, eyes)
-        confidence = label_map.score_threshold or project.confidence
+        confidence = max(label_map.lowest_threshold(project.confidence), LOWEST_THRESHOLD)
         parts = PartStore(folder, _depends_on(eyes, project, confidence))
         table = parts.load(images)
         pending = np.flatnonzero(~table.known).tolist()
@@ -204,57 +200,6 @@ def _pool_and_labelled(request: Request) -> tuple[list[SourceImage], list[Source
     return pool, labelled
 
 
-def check_references(request: Request, images: Sequence[SourceImage]) -> None:
-    """Refuse, before hours of scoring, what would end in references that cannot be made.
-
-    Raises:
-        BadRequest: both ways of naming images, or an image outside of the root.
-    """
-    if request.image_url_prefix is not None and request.local_files_root is not None:
-        raise BadRequest("--image-url-prefix and --local-files-root are two ways to name images: give one.")
-    for image in images:
-        reference_of(image, request)
-
-
-def reference_of(image: SourceImage, request: Request) -> str:
-    """How Label Studio's task names the image.
-
-    Raises:
-        BadRequest: it is not below --local-files-root.
-    """
-    if request.image_url_prefix is not None:
-        prefix = request.image_url_prefix
-        return f"{prefix}{'' if prefix.endswith(('/', '=', '?', '&')) else '/'}{_quoted(image.key)}"
-    if request.local_files_root is not None:
-        root = os.path.abspath(request.local_files_root.expanduser()).rstrip("/")
-        if not image.path.startswith(f"{root}/"):
-            raise BadRequest(
-                f"{printable(image.path)} is not below --local-files-root {root}, from which Label Studio serves files."
-            )
-        return f"/data/local-files/?d={_quoted(image.path.removeprefix(f'{root}/'))}"
-    return printable(image.path if "://" in image.path else image.key)
-
-
-def _quoted(path: str) -> str:
-    return quote(os.fsencode(path))
-
-
-@contextlib.contextmanager
-def _folder_of_one(folder: Path) -> Iterator[Path]:
-    """The folder, for this process alone: two would score the same images twice."""
-    try:
-        lock = lock_folder(folder)
-    except Conflict as error:
-        told = f"Another `hardfirst score` writes to {folder.parent}: wait for it, or name another --out."
-        raise Conflict(told) from error
-    except OSError as error:
-        raise SettingsInvalid(f"--out {folder.parent} cannot be written: {error}") from error
-    try:
-        yield folder.resolve()
-    finally:
-        os.close(lock)
-
-
 def open_eyes(request: Request, settings: Settings, folder: Path) -> Eyes:
     """The detectors that were named; else the pretrained one, for embeddings; else the descriptor."""
     from worker.detector import Detector, prepare_ultralytics, resolve_weights, sha256_of
@@ -299,7 +244,7 @@ def _labels(request: Request, eyes: Eyes) -> tuple[LabelMap, dict[int, str]]:
         text = request.label_config.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise BadRequest(f"--label-config {request.label_config} cannot be read: {error}") from error
-    label_map = LabelMap.from_config(text)
+    label_map = LabelMap.from_config(text, request.settings.shapes)
     return label_map, label_map.classes_for(eyes.names) if eyes.names else {}
 
 

@@ -19,10 +19,10 @@ from worker.artifacts import Artifacts
 from worker.boxes import to_regions
 from worker.contact_sheet import MAX_CARDS, Card, Picture, Sheet, render_sheet, thumbnail
 from worker.errors import HardfirstError, ImageUnusable
-from worker.image_sources import ImageReader, SourceImage, printable, without_password
+from worker.image_sources import ImageReader, SourceImage, printable, reference_of, without_password
 from worker.label_studio import published_score
 from worker.looking import FETCHERS
-from worker.offline import Ranking, reference_of
+from worker.offline import Ranking
 from worker.reasons import reason
 
 MANIFEST, TABLE, SHEET = "manifest.json", "scores.parquet", "contact_sheet.html"
@@ -231,7 +231,12 @@ def label_config(ranking: Ranking) -> str:
     """The one that was named; else one that the predictions fit."""
     if ranking.request.label_config is not None:
         return ranking.request.label_config.read_text(encoding="utf-8")
-    labels = "\n".join(f"    <Label value={quoteattr(label)}/>" for label in ranking.label_map.labels)
+    return config_of_labels(ranking.label_map.labels)
+
+
+def config_of_labels(names: Sequence[str]) -> str:
+    """A labelling interface for boxes with these labels: control `label`, image `image`, data key `image`."""
+    labels = "\n".join(f"    <Label value={quoteattr(name)}/>" for name in names)
     return (
         '<View>\n  <Image name="image" value="$image" zoom="true" zoomControl="true"/>\n'
         f'  <RectangleLabels name="label" toName="image">\n{labels}\n  </RectangleLabels>\n</View>\n'

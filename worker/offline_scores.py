@@ -6,11 +6,13 @@ score depends on besides the image; in it, an image is known by its path, size a
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
+import os
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,9 @@ from numpy.typing import NDArray
 
 from strategies.uncertainty import MEASURES
 from worker.artifacts import Artifacts
+from worker.errors import Conflict, SettingsInvalid
 from worker.image_sources import SourceImage
+from worker.processes import lock_folder
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +46,7 @@ class ImageRow:
     embedding: NDArray[np.float32] | None = None
     problem: str | None = None
     passing: bool = False  # the problem may be gone another time: not to be remembered
+    digest: bytes = b""  # SHA-256 of the file; empty: not asked for
 
 
 class ScoreTable:
@@ -58,6 +63,7 @@ class ScoreTable:
         self.known = np.zeros(size, np.bool_)  # scored, or found unusable
         self.usable = np.zeros(size, np.bool_)  # scored
         self.embeddings = np.zeros((size, 0), np.float32)
+        self.digests = np.zeros((size, 32), np.uint8)  # SHA-256 of the files; 0: not asked for
         self.problems: dict[int, str] = {}
         self.part = np.full(size, -1, np.int32)  # where its boxes are: number of the part, row in it
         self.row = np.zeros(size, np.int32)
@@ -68,6 +74,8 @@ class ScoreTable:
         at = positions[rows]
         for name in ("measures", "disagreement", "sizes", "n_boxes", "usable"):
             getattr(self, name)[at] = arrays[name][rows]
+        if "digests" in arrays:  # parts of before have none
+            self.digests[at] = arrays["digests"][rows]
         self.part[at], self.row[at] = part, rows
         if len(arrays["embeddings"]) and not self.embeddings.shape[1]:
             self.embeddings = np.zeros((len(self.known), arrays["embeddings"].shape[1]), np.float32)
@@ -132,6 +140,27 @@ class PartStore:
         return f"{self._key}/part-{number:06d}.npz"
 
 
+@contextlib.contextmanager
+def folder_of_one(folder: Path, command: str) -> Iterator[Path]:
+    """The folder, for this process alone: two would look at the same images twice.
+
+    Raises:
+        Conflict: another process has it.
+        SettingsInvalid: it cannot be written.
+    """
+    try:
+        lock = lock_folder(folder)
+    except Conflict as error:
+        told = f"Another `hardfirst {command}` writes to {folder.parent}: wait for it, or name another --out."
+        raise Conflict(told) from error
+    except OSError as error:
+        raise SettingsInvalid(f"--out {folder.parent} cannot be written: {error}") from error
+    try:
+        yield folder.resolve()
+    finally:
+        os.close(lock)
+
+
 def identity_of(image: SourceImage) -> bytes:
     """Changes when the image does."""
     text = f"{image.path}\0{image.stamp}"
@@ -149,6 +178,7 @@ def _as_arrays(rows: Sequence[ImageRow]) -> tuple[Arrays, dict[int, str]]:
         "n_boxes": np.array([len(row.boxes) for row in rows], np.int32),
         "boxes": np.concatenate([row.boxes for row in rows]),
         "usable": np.array([row.embedding is not None for row in rows]),
+        "digests": np.array([list(row.digest.rjust(32, b"\0")) for row in rows], np.uint8),
         "embeddings": np.stack(embeddings) if embeddings else np.zeros((0, 0), np.float32),
     }
     return arrays, {number: row.problem for number, row in enumerate(rows) if row.problem is not None}

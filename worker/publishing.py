@@ -34,6 +34,7 @@ from worker.reuse import shard_embeddings
 from worker.selection import Batch, ScoredTasks, draw_holdout, first_batch, generator, next_batch
 from worker.services import Services
 from worker.settings import ProjectSettings
+from worker.shapes import label_drawn
 from worker.store import (
     get_project,
     labelled_task_ids,
@@ -59,6 +60,7 @@ def select_and_publish(work: Work) -> None:
     version = model_version(work.round.number)
     if not _switched_before(work, version):
         sync_project(own, work.project.id)
+        work = work.refreshed()
         batch = _select(work)
         work.lease.hold()
         _write_selection(work, batch)
@@ -297,7 +299,7 @@ def class_counts(own: Services, round_id: int, task_ids: Sequence[int]) -> dict[
                 scores.c.round_id == round_id, scores.c.task_id.in_(task_ids[start : start + 500])
             )
             for regions in connection.execute(query).scalars():
-                found.update(label for region in loads(regions) for label in region["value"].get("rectanglelabels", ()))
+                found.update(label for region in loads(regions) if (label := label_drawn(region)) is not None)
     return dict(found)
 
 
@@ -344,7 +346,9 @@ def _predictions_count(connection: Connection, work: Work) -> int:
 
 
 def _predictions(work: Work, version: str, total: int) -> Iterator[dict[str, Any]]:
-    """Best first. The holdout gets no boxes: its labels must not lean on the model they will measure."""
+    """Best first. The holdout gets no boxes: its labels must not lean on the model they will measure. Nor is there a
+    box of a label that went while the round ran."""
+    shows = work.label_map.shows
     with work.services.store.read() as connection:
         rows = connection.execute(
             _unlabelled_scores(work).order_by(scores.c.published_score, scores.c.task_id)
@@ -352,7 +356,7 @@ def _predictions(work: Work, version: str, total: int) -> Iterator[dict[str, Any
         for done, row in enumerate(rows, start=1):
             if done % 1000 == 0:
                 work.progress("publishing", done=done, total=total)
-            yield prediction(row.task_id, row.regions, row.published_score, version, bool(row.holdout))
+            yield prediction(row.task_id, row.regions, row.published_score, version, bool(row.holdout), shows)
 
 
 def purge_versions(work: Work) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
 import os
 import re
 import signal
@@ -45,7 +46,7 @@ JOB_FUNCTIONS = frozenset(
     f"worker.jobs.{name}"
     for name in (
         *("attach", "retrain", "train_member", "score_shard", "reselect", "publish", "purge"),  # steps of a round
-        *("predict", "reconcile", "preview", "suspects"),
+        *("predict", "late", "reconcile", "preview", "suspects", "examine"),
     )
 )
 
@@ -240,25 +241,45 @@ def call_predict(conn: redis.Redis, args: Sequence[Any], timeout: float, job_tim
         HardfirstError: the job failed; of the class it raised, where that is one of ours.
         QueueUnavailable: Redis does not answer.
     """
-    function = "worker.jobs.predict"
-    _check_job(PREDICT, function, args)
-    deadline = time.monotonic() + timeout
-    with redis_border():
-        job = queue(PREDICT, conn).enqueue(
-            function,
-            args=tuple(args),
-            description="predict",
-            job_timeout=job_timeout,
-            ttl=max(job_timeout, 1),
-            result_ttl=60,
-            failure_ttl=60,
-        )
-        result = _await_result(job, deadline)
+    result = _call(conn, PREDICT, "worker.jobs.predict", args, timeout, job_timeout)
     if result is None:
         raise TimeoutError(f"no prediction within {timeout:g} s; it will be stored when it is ready")
     if result.type != Result.Type.SUCCESSFUL:
         _raise_as_in_job(result.exc_string or "")
     return result.return_value
+
+
+def call_examine(conn: redis.Redis, args: Sequence[Any], timeout: float) -> Any:
+    """Run `worker.jobs.examine(*args)` on a worker of `control` and return what it returns.
+
+    Raises:
+        TimeoutError: no answer in time: the worker is at something else. The job is dropped, if it has not begun.
+        HardfirstError, QueueUnavailable: as `call_predict`.
+    """
+    result = _call(conn, CONTROL, "worker.jobs.examine", args, timeout, math.ceil(timeout))
+    if result is None:
+        raise TimeoutError(f"no worker answered within {timeout:g} s")
+    if result.type != Result.Type.SUCCESSFUL:
+        _raise_as_in_job(result.exc_string or "", "examination")
+    return result.return_value
+
+
+def _call(
+    conn: redis.Redis, queue_name: str, function: str, args: Sequence[Any], timeout: float, job_timeout: int
+) -> Result | None:
+    _check_job(queue_name, function, args)
+    deadline = time.monotonic() + timeout
+    with redis_border():
+        job = queue(queue_name, conn).enqueue(
+            function,
+            args=tuple(args),
+            description=function.rpartition(".")[2],
+            job_timeout=job_timeout,
+            ttl=max(job_timeout, 1),
+            result_ttl=60,
+            failure_ttl=60,
+        )
+        return _await_result(job, deadline)
 
 
 def _await_result(job: Job, deadline: float) -> Result | None:
@@ -271,7 +292,7 @@ def _await_result(job: Job, deadline: float) -> Result | None:
     return job.latest_result()
 
 
-def _raise_as_in_job(traceback_text: str) -> NoReturn:
+def _raise_as_in_job(traceback_text: str, what: str = "prediction") -> NoReturn:
     """Raise the error of the job's traceback: one of ours as itself, any other with its last line only."""
     if ours := re.findall(r"^worker\.errors\.(\w+)(?:: (.*))?$", traceback_text, re.MULTILINE):
         name, message = ours[-1]
@@ -279,7 +300,7 @@ def _raise_as_in_job(traceback_text: str) -> NoReturn:
         if isinstance(kind, type) and issubclass(kind, HardfirstError):
             raise kind(message)
     lines = [line for line in traceback_text.splitlines() if line.strip()]
-    raise HardfirstError(f"the prediction job failed: {lines[-1] if lines else 'it left no reason'}")
+    raise HardfirstError(f"the {what} job failed: {lines[-1] if lines else 'it left no reason'}")
 
 
 def _check_job(queue_name: str, function: str, args: Sequence[Any]) -> None:

@@ -18,7 +18,7 @@ from sqlalchemy import Connection, Row, func, select, update
 
 from worker import evaluation, rounds, steps
 from worker.artifacts import round_key
-from worker.dataset import TaskTruth, write_dataset
+from worker.dataset import TaskTruth, lost_labels, write_dataset
 from worker.errors import (
     ImageUnusable,
     NotFound,
@@ -44,6 +44,7 @@ from worker.store import (
     tasks,
 )
 from worker.store import rounds as round_rows
+from worker.syncing import sync_label_config
 from worker.work import Work
 
 if TYPE_CHECKING:
@@ -62,6 +63,8 @@ def train_and_measure(work: Work) -> None:
     prepare_ultralytics(own.ultralytics_dir)
     work.progress("preparing")
     _remove_other_folders(work)
+    sync_label_config(own, work.project.id)
+    work = work.refreshed()
     with own.store.read() as connection:
         fingerprint = holdout_fingerprint(connection, work.project.id)  # before: what comes meanwhile measures again
     truths = _truths(work)
@@ -77,7 +80,7 @@ def train_and_measure(work: Work) -> None:
     weights = {"weights": work.key("weights.pt"), "weights_sha256": own.artifacts.put(work.key("weights.pt"), content)}
     report = {
         "names": trained.names,
-        "notes": [note for note in (base.note, trained.note, measured.note) if note],
+        "notes": [note for note in (base.note, trained.note, measured.note, lost_labels(truths)) if note],
         "seconds": round(trained.seconds, 1),
         "left_out": dataset.left_out,
         "boxes_per_class": dataset.boxes_per_class,
@@ -231,8 +234,9 @@ def _dataset(work: Work, truths: Sequence[TaskTruth]) -> _Dataset:
             folder / "dataset",
             truths,
             work.label_map.labels,
-            _fetcher(work, [truth.task_id for truth in truths]),
+            _fetcher(work, [truth.task_id for truth in truths if not truth.unusable]),
             lambda done, total: work.progress("preparing", done=done, total=total),
+            work.services.images.max_pixels,
         )
         task_ids = [truth.task_id for truth in truths if truth.task_id not in report.left_out]
         content = {
@@ -342,7 +346,7 @@ def _complete_earlier(work: Work, readable: Sequence[int], truths: Sequence[Task
     """
     with work.services.store.read() as connection:
         rows = [row for row in measured_rounds(connection, work.project.id) if row.id != work.round.id]
-    labelled = {truth.task_id for truth in truths} & set(readable)
+    labelled = {truth.task_id for truth in truths if not truth.unusable} & set(readable)
     lost = []
     for row in rows:
         key = round_key(row.project_id, row.number, "detections.npz")

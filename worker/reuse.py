@@ -59,6 +59,7 @@ def scoring_key(work: Work) -> str:
         settings.imgsz,
         settings.confidence,
         work.project.label_config,
+        settings.shapes,
         reading_of(settings, loads(work.round.report).get("boxes_per_class", {})),
     )
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()

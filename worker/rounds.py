@@ -11,9 +11,11 @@ from typing import Any
 from sqlalchemy import Connection, Row, bindparam, delete, exists, func, insert, select, update
 
 from worker import steps
+from worker.boxes import LabelMap
 from worker.errors import BadRequest, Conflict
 from worker.label_studio import PENDING_VERSION
 from worker.settings import ProjectSettings, parse_project_settings
+from worker.shapes import SHAPES, label_drawn, labels_key
 from worker.store import (
     OPEN_STATES,
     count_new_labels,
@@ -32,6 +34,7 @@ from worker.store import (
 )
 from worker.store import steps as step_rows
 
+BOX_TYPES = frozenset(labels_key(shape) for shape in SHAPES)
 ATTACH_DELAY = 2.0  # seconds: Label Studio registers its webhook to us after our answer to /setup
 
 
@@ -72,6 +75,25 @@ def connect_project(
     if last is None or (changed and last.number == 0 and last.state == "failed"):
         return _open_first_round(connection, project_id)
     return False
+
+
+def has_moved(connection: Connection, project_id: int, backend_url: str) -> bool:
+    """Whether Label Studio called us by another address before."""
+    known = connection.execute(select(projects.c.backend_url).where(projects.c.id == project_id)).scalar_one_or_none()
+    return bool(known) and known != backend_url
+
+
+def note_refusal(connection: Connection, project_id: int, backend_url: str, why: str) -> None:
+    """A label config or settings that nothing can be done with were refused: the page says so until others are sent.
+
+    A new project gets a row without a round, which the next /setup that is accepted opens.
+    """
+    new = {"id": project_id, "title": "", "connected_at": time.time(), "label_config": "", "backend_url": backend_url}
+    insert_or_ignore(connection, projects, [{**new, "extra_params": "{}"}])
+    why = why.encode("utf-8", "replace").decode()  # it may quote half of a surrogate pair
+    if lock_project(connection, project_id).problem != why:
+        connection.execute(update(projects).where(projects.c.id == project_id).values(problem=why))
+        record_event(connection, project_id, "refused", detail=why)
 
 
 def ask_settings(connection: Connection, project_id: int, settings: ProjectSettings | None, who: str = "") -> None:
@@ -487,7 +509,7 @@ def _annotation_row(project_id: int, item: Mapping[str, Any]) -> dict[str, Any]:
     result = item.get("result")
     lead_time = item.get("lead_time")
     regions = result if isinstance(result, list) else []
-    boxes = [one for one in regions if isinstance(one, dict) and "rectanglelabels" in str(one.get("type"))]
+    boxes = [one for one in regions if isinstance(one, dict) and str(one.get("type")).lower() in BOX_TYPES]
     return {
         "project_id": project_id,
         "annotation_id": int(item["id"]),
@@ -496,14 +518,8 @@ def _annotation_row(project_id: int, item: Mapping[str, Any]) -> dict[str, Any]:
         "cancelled": bool(item.get("was_cancelled")),
         "lead_time": float(lead_time) if isinstance(lead_time, int | float) else None,
         "n_boxes": len(boxes),
-        "classes": json.dumps(Counter(label for region in boxes if (label := _label_of(region)))),
+        "classes": json.dumps(Counter(label[:200] for region in boxes if (label := label_drawn(region)))),
     }
-
-
-def _label_of(region: Mapping[str, Any]) -> str | None:
-    value = region.get("value")
-    names = value.get("rectanglelabels") if isinstance(value, dict) else None
-    return str(names[0])[:200] if isinstance(names, list) and names else None
 
 
 def forget_annotations(connection: Connection, project_id: int, annotation_ids: Iterable[int]) -> None:
@@ -570,6 +586,15 @@ def settings_of(row: Row[Any]) -> ProjectSettings:
     """The settings a project has now, or those a round began with."""
     text = row.extra_params if hasattr(row, "extra_params") else row.settings
     return parse_project_settings(json.loads(text or "{}"))
+
+
+def label_map_of(project: Row[Any]) -> LabelMap:
+    """What a project's label config says today, under its settings of today.
+
+    Raises:
+        LabelConfigUnsupported: nothing in it is a box to us.
+    """
+    return LabelMap.from_config(project.label_config, settings_of(project).shapes)
 
 
 def holdout_of(connection: Connection, project_id: int) -> dict[int, bool | None]:

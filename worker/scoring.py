@@ -5,18 +5,22 @@ from __future__ import annotations
 import io
 import json
 import logging
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
+from redis import Redis
+from redis.exceptions import LockError
 from sqlalchemy import Connection, Row, bindparam, delete, insert, select, update
 
-from worker import steps
-from worker.boxes import LabelMap
+from worker import queue, steps
 from worker.errors import LabelStudioRefused, PublishIncomplete
 from worker.label_studio import prediction, published_score
 from worker.reuse import image_digest, known_scores, remember_key, scored_so_far, shard_embeddings, shard_is_scored
+from worker.rounds import label_map_of
 from worker.services import Services
 from worker.store import (
     get_project,
@@ -36,6 +40,9 @@ log = logging.getLogger(__name__)
 
 LATE_AT_ONCE = 256  # Label Studio checks 500 at a time, so that a refusal means that none was taken
 LATE_CHUNK = 32
+LATE_SECONDS = 60.0  # of one job of late tasks; what is left follows in another, behind the shards that wait
+LATE_TIMEOUT = 600
+LATE_PAUSE = 5.0  # requests within these seconds ask for one job
 LATE_SHARD = -1
 
 
@@ -193,7 +200,7 @@ def score_alone(own: Services, project_id: int, images: Sequence[tuple[int, str]
 
     with own.store.read() as connection:
         project = get_project(connection, project_id)
-    key = LabelMap.from_config(project.label_config).image_key
+    key = label_map_of(project).image_key
     model = HardfirstModel(project.label_config, services=own)
     tasks_given = [{"id": task_id, "project": project_id, "data": {key: image}} for task_id, image in images]
     answers, late = model.predict_and_score(project, tasks_given)
@@ -228,13 +235,61 @@ def _keep(own: Services, project: Row[Any], late: Sequence[LateScore]) -> None:
             connection.execute(update(tasks).where(*row).values(twin=True), twins)
 
 
-def score_late(own: Services, project_id: int) -> None:
+def score_late(own: Services, project_id: int) -> bool:
     """Tasks imported after the round was planned: scored alone, slotted into the order that is served.
 
     Also sends what a live prediction scored too late for Label Studio to wait for.
+
+    Returns: whether there may be more; False too when another worker is at it.
     """
+    with _alone(own, project_id) as is_alone:
+        if not is_alone:
+            return False
+        late = _late_tasks(own, project_id)
+        for start in range(0, len(late), LATE_CHUNK):  # what is done is kept, should the job's time run out
+            score_alone(own, project_id, late[start : start + LATE_CHUNK])
+        sent = _send_late(own, project_id)
+    return LATE_AT_ONCE in (len(late), sent)
+
+
+@contextmanager
+def _alone(own: Services, project_id: int) -> Iterator[bool]:
+    """Whether no other worker scores this project's late tasks: two would give a task the same prediction twice."""
+    lock = own.redis.lock(f"hardfirst:late:{project_id}", timeout=LATE_TIMEOUT)
+    with queue.redis_border():
+        taken = lock.acquire(blocking=False)
+    try:
+        yield taken
+    finally:
+        if taken:
+            with suppress(LockError), queue.redis_border():  # it may have expired, and be another's by now
+                lock.release()
+
+
+def score_all_late(own: Services, project_id: int) -> None:
+    """`score_late` until nothing is left, or for some minutes; then another job goes on, behind whoever waits."""
+    until = time.monotonic() + LATE_SECONDS
+    while score_late(own, project_id):
+        if time.monotonic() > until:
+            enqueue_late(own.redis, project_id)
+            return
+
+
+def enqueue_late(redis: Redis, project_id: int) -> bool:
+    """Have late tasks scored soon, by a worker that annotators do not wait for; False: that is under way.
+
+    Raises:
+        QueueUnavailable: Redis does not answer; reconcile does it every minute, some at a time.
+    """
+    job_id = f"late-{project_id}-{int(time.time() // LATE_PAUSE)}"
+    return queue.enqueue_unique(redis, queue.SCORE, "worker.jobs.late", (project_id,), job_id, LATE_TIMEOUT, ttl=600)
+
+
+def _late_tasks(own: Services, project_id: int) -> list[tuple[int, str]]:
     with own.store.read() as connection:
         project = get_project(connection, project_id)
+        if project.published_round_id is None:
+            return []  # the first round will score them
         scored = select(scores.c.task_id).where(scores.c.round_id == project.published_round_id)
         query = (
             select(tasks.c.task_id, tasks.c.image)
@@ -242,14 +297,11 @@ def score_late(own: Services, project_id: int) -> None:
             .where(tasks.c.task_id.not_in(scored), tasks.c.task_id.not_in(labelled_task_ids(project_id)))
             .limit(LATE_AT_ONCE)
         )
-        late = [(int(row.task_id), str(row.image)) for row in connection.execute(query)]
-    for start in range(0, len(late), LATE_CHUNK):  # what is done is kept, should the job's time run out
-        score_alone(own, project_id, late[start : start + LATE_CHUNK])
-    _send_late(own, project_id)
+        return [(int(row.task_id), str(row.image)) for row in connection.execute(query)]
 
 
-def _send_late(own: Services, project_id: int) -> None:
-    """To Label Studio what it does not have yet, under the version that is served now."""
+def _send_late(own: Services, project_id: int) -> int:
+    """To Label Studio what it does not have yet, under the version that is served now; how many that were."""
     with own.store.read() as connection:
         project = get_project(connection, project_id)
         query = (
@@ -262,10 +314,14 @@ def _send_late(own: Services, project_id: int) -> None:
         rows = connection.execute(query).all()
         busy = open_round_of(connection, project_id)
     if not rows or (busy is not None and busy.state == "publishing"):
-        return  # a new version is on its way: these wait for it
+        return 0  # a new version is on its way: these wait for it
     version = str(project.published_version)
-    unsent = [prediction(row.task_id, row.regions, row.published_score, version, bool(row.holdout)) for row in rows]
+    shows = label_map_of(project).shows
+    unsent = [
+        prediction(row.task_id, row.regions, row.published_score, version, bool(row.holdout), shows) for row in rows
+    ]
     _import_late(own, project, unsent)
+    return len(unsent)
 
 
 def _import_late(own: Services, project: Row[Any], unsent: Sequence[Mapping[str, Any]]) -> None:
@@ -285,10 +341,21 @@ def _import_late(own: Services, project: Row[Any], unsent: Sequence[Mapping[str,
     mark_sent(own, project.published_round_id, task_ids)
 
 
+def unsent_of(connection: Connection, project: Row[Any], task_ids: Sequence[int]) -> list[int]:
+    """Of these tasks, those that were scored alone and that Label Studio does not have yet."""
+    waiting = select(scores.c.task_id).where(
+        scores.c.round_id == project.published_round_id, scores.c.shard == LATE_SHARD, ~scores.c.sent
+    )
+    found: list[int] = []
+    for start in range(0, len(task_ids), 500):
+        these = scores.c.task_id.in_(task_ids[start : start + 500])
+        found += connection.execute(waiting.where(these)).scalars().all()
+    return found
+
+
 def mark_sent(own: Services, round_id: int, task_ids: Sequence[int]) -> None:
     """Label Studio has these late predictions, or will never take them."""
-    if not task_ids:
-        return
-    with own.store.write() as connection:
-        these = (scores.c.round_id == round_id, scores.c.task_id.in_(task_ids))
-        connection.execute(update(scores).where(*these).values(sent=True))
+    for start in range(0, len(task_ids), 500):
+        with own.store.write() as connection:
+            these = (scores.c.round_id == round_id, scores.c.task_id.in_(task_ids[start : start + 500]))
+            connection.execute(update(scores).where(*these).values(sent=True))

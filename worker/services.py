@@ -10,6 +10,7 @@ from redis import Redis
 
 from worker import queue
 from worker.artifacts import Artifacts
+from worker.credentials import SetupToken
 from worker.errors import QueueUnavailable
 from worker.images import ImageFetcher
 from worker.label_studio import LabelStudio
@@ -36,7 +37,8 @@ class Services:
 
     @cached_property
     def label_studio(self) -> LabelStudio:
-        return LabelStudio(self.settings.label_studio_url, self.settings.api_key)
+        kept = SetupToken(self.settings.data_dir.expanduser().resolve() / "label-studio-token")
+        return LabelStudio(self.settings.label_studio_url, self.settings.api_key, kept)
 
     @cached_property
     def artifacts(self) -> Artifacts:
@@ -47,9 +49,12 @@ class Services:
         return ImageFetcher(
             label_studio_url=self.settings.label_studio_url,
             auth_headers=self.label_studio.auth_headers,
+            check_token=self.label_studio.check_token,
             allowed_hosts=self.settings.allowed_image_hosts,
             max_bytes=self.settings.image_max_mb * 1_000_000,
             max_pixels=self.settings.image_max_megapixels * 1_000_000,
+            local_files_root=self.settings.local_files_root,
+            buckets=self.settings.readable_buckets,
         )
 
     @property

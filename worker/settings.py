@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -31,7 +32,8 @@ class Settings(BaseSettings):
     label_studio_api_key: SecretStr = Field(
         SecretStr(""),
         validation_alias="LABEL_STUDIO_API_KEY",
-        description="Access token of a Label Studio user who may change the projects (legacy or personal).",
+        description="Access token of a Label Studio user who may change the projects (legacy or personal). Empty: the "
+        "one Label Studio sends as it connects us is tried once.",
     )
     redis_url: str = Field(
         "", validation_alias="REDIS_URL", description="Redis or Valkey. Empty: `hardfirst up` starts an embedded one."
@@ -51,6 +53,16 @@ class Settings(BaseSettings):
     weights: str = Field("", description="Weights file to start from where a project names none.")
     device: str = Field("", description="cpu, cuda, cuda:1, mps. Empty: cuda when there is one, else cpu.")
     image_hosts: str = Field("", description="Comma-separated hosts, beside Label Studio's, that images may come from.")
+    local_files_root: Path | None = Field(
+        None,
+        description="Label Studio's folder of local files, as mounted here: they are read straight from it. Whoever "
+        "may make tasks can name any image in it.",
+    )
+    image_buckets: str = Field(
+        "",
+        description="Comma-separated buckets (`s3://pool`, `gs://pool/day`) that are read straight, with the "
+        "credentials of this machine. Others are asked of Label Studio.",
+    )
     image_max_mb: int = Field(64, ge=1, description="An image larger than this is refused.")
     image_max_megapixels: int = Field(200, ge=1, description="An image with more pixels than this is refused.")
     shard_size: int = Field(256, ge=1, description="Images scored by one job.")
@@ -60,6 +72,19 @@ class Settings(BaseSettings):
     @classmethod
     def _no_slash(cls, value: str) -> str:
         return value.rstrip("/")
+
+    @field_validator("local_files_root", mode="before")
+    @classmethod
+    def _not_empty(cls, value: object) -> object:
+        return value or None  # an empty variable, as docker-compose hands it on, is no folder
+
+    @field_validator("image_buckets")
+    @classmethod
+    def _are_buckets(cls, value: str) -> str:
+        for one in filter(None, (part.strip() for part in value.split(","))):
+            if re.fullmatch(r"(s3|gs)://[\w.-]+(/[^?*#]*)?", one) is None:
+                raise ValueError(f"{one!r} is no bucket: write s3://name or gs://name, with or without a folder")
+        return value
 
     @model_validator(mode="after")
     def _both_or_none(self) -> Settings:
@@ -78,6 +103,10 @@ class Settings(BaseSettings):
     @property
     def allowed_image_hosts(self) -> frozenset[str]:
         return frozenset(host.strip().lower() for host in self.image_hosts.split(",") if host.strip())
+
+    @property
+    def readable_buckets(self) -> frozenset[str]:
+        return frozenset(one.strip() for one in self.image_buckets.split(",") if one.strip())
 
     @property
     def api_key(self) -> str:
@@ -129,6 +158,11 @@ class ProjectSettings(BaseModel):
     )
     close_mosaic: int = Field(10, ge=0, description="Last epochs without mosaics.")
     freeze: int = Field(0, ge=0, le=100, description="First layers of the network that do not learn.")
+    shapes: Literal["boxes_only", "hull"] = Field(
+        "boxes_only",
+        description="Which labelling tools count: rectangles only (a turned one by its upright hull), or with `hull` "
+        "polygons and ellipses too, as the boxes around them.",
+    )
     confidence: float = Field(0.25, gt=0, lt=1, description="Boxes are drawn from this confidence on.")
     committee_size: int = Field(
         0, ge=0, le=5, description="Detectors a round trains for strategy `committee`: 3 to 5. Each costs a training."

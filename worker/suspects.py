@@ -19,11 +19,12 @@ from sqlalchemy import Connection, select
 
 from worker import rounds
 from worker.artifacts import round_key
-from worker.boxes import LabelMap, yolo_to_percent
+from worker.boxes import yolo_to_percent
 from worker.dataset import TaskTruth, truth_of
 from worker.errors import HardfirstError, NotFound
 from worker.evaluation import box_iou
 from worker.services import Services
+from worker.shapes import drawn_box
 from worker.store import get_project, get_round, loads, scores
 
 log = logging.getLogger(__name__)
@@ -136,7 +137,7 @@ def suspects_of(
     hits, totals = np.zeros(len(labels), dtype=np.int64), np.zeros(len(labels), dtype=np.int64)
     images = 0
     for truth in truths:
-        if (seen := seen_on.get(truth.task_id)) is None:
+        if truth.unusable or (seen := seen_on.get(truth.task_id)) is None:
             continue
         images += 1
         result = compare(_percent_xyxy(truth), truth.class_ids, seen)
@@ -201,7 +202,7 @@ def find_suspects(own: Services, project_id: int, round_id: int) -> None:
     with own.store.read() as connection:
         project = get_project(connection, project_id)
         round_row = get_round(connection, round_id)
-    label_map = LabelMap.from_config(project.label_config)
+    label_map = rounds.label_map_of(project)
     exported = own.label_studio.export(project_id)
     truths = [truth for task in exported if (truth := truth_of(task, label_map)) is not None]
     with own.store.read() as connection:
@@ -258,12 +259,11 @@ def _as_seen(regions: Sequence[Mapping[str, Any]], class_of: Mapping[str, int]) 
     """Regions of ours: rotation 0, one label each."""
     boxes, ids, confidences = [], [], []
     for region in regions:
-        value = region["value"]
-        label = str(next(iter(value.get("rectanglelabels") or []), ""))
-        if label in class_of:  # not one that the label config has lost since
-            x, y, across, down = (float(value[side]) for side in ("x", "y", "width", "height"))
+        drawn = drawn_box(region)
+        if drawn is not None and drawn[0] in class_of:  # not one that the label config has lost since
+            x, y, across, down = drawn[1]
             boxes.append((x, y, x + across, y + down))
-            ids.append(class_of[label])
+            ids.append(class_of[drawn[0]])
             confidences.append(float(region.get("score") or 0.0))
     return Seen(
         np.array(boxes, dtype=np.float64).reshape(-1, 4),

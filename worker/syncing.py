@@ -6,14 +6,16 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from sqlalchemy import Connection, func, select, update
+from sqlalchemy import Connection, Row, func, select, update
 
 from worker import rounds
 from worker.boxes import LabelMap
+from worker.errors import LabelConfigUnsupported
 from worker.services import Services
 from worker.store import (
     get_project,
     projects,
+    record_event,
     task_annotations,
     tasks,
 )
@@ -29,16 +31,47 @@ def sync_project(own: Services, project_id: int, *, everything: bool = False) ->
     remote = own.label_studio.project(project_id)
     with own.store.write() as connection:
         project = get_project(connection, project_id)
-        label_config = str(remote.get("label_config") or project.label_config)
-        values = {"title": str(remote.get("title") or "")[:200], "label_config": label_config}
-        connection.execute(update(projects).where(projects.c.id == project_id).values(**values))
+        label_config = _remember_config(connection, project, remote)
         stale = everything or _counters_differ(connection, project_id, remote)
     if stale:
-        _sync_tasks(own, project_id, LabelMap.from_config(label_config).image_key)
+        shapes = rounds.settings_of(project).shapes
+        _sync_tasks(own, project_id, LabelMap.from_config(label_config, shapes).image_key)
         _sync_annotations(own, project_id)
         with own.store.write() as connection:
             here = update(projects).where(projects.c.id == project_id)
             connection.execute(here.values(reconciled_at=time.time()))
+
+
+def sync_label_config(own: Services, project_id: int) -> None:
+    """What may be labelled today: before boxes are read, or a label added a minute ago would not be known."""
+    remote = own.label_studio.project(project_id)
+    with own.store.write() as connection:
+        _remember_config(connection, get_project(connection, project_id), remote)
+
+
+def _remember_config(connection: Connection, project: Row[Any], remote: Mapping[str, Any]) -> str:
+    label_config = str(remote.get("label_config") or project.label_config)
+    values = {"title": str(remote.get("title") or "")[:200], "label_config": label_config}
+    connection.execute(update(projects).where(projects.c.id == project.id).values(**values))
+    if told := _label_changes(project, label_config):
+        record_event(connection, project.id, "label config changed", detail=told)
+    return label_config
+
+
+def _label_changes(project: Row[Any], label_config: str) -> str:
+    """Labels that came and went, in words; "" where none did, or where one of the configs is not for us."""
+    if label_config == project.label_config:
+        return ""
+    shapes = rounds.settings_of(project).shapes
+    try:
+        before = LabelMap.from_config(project.label_config, shapes).labels
+        after = LabelMap.from_config(label_config, shapes).labels
+    except LabelConfigUnsupported:
+        return ""
+    came, went = [one for one in after if one not in before], [one for one in before if one not in after]
+    told = [f"added: {', '.join(came)}"] if came else []
+    told += [f"removed: {', '.join(went)}"] if went else []
+    return "; ".join(told or ["in another order"] if before != after else told)[:500]
 
 
 def _sync_tasks(own: Services, project_id: int, image_key: str) -> None:

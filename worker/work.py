@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from sqlalchemy import Row
@@ -16,6 +16,7 @@ from worker.errors import (
 )
 from worker.services import Services
 from worker.settings import ProjectSettings
+from worker.store import get_project
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +42,12 @@ class Work:
 
     @property
     def label_map(self) -> LabelMap:
-        return LabelMap.from_config(self.project.label_config)
+        return LabelMap.from_config(self.project.label_config, self.settings.shapes)
+
+    def refreshed(self) -> Work:
+        """With the project's row as it is now: its label config may have changed since the step began."""
+        with self.services.store.read() as connection:
+            return replace(self, project=get_project(connection, self.project.id))
 
     def key(self, name: str) -> str:
         return round_key(self.project.id, self.round.number, name)

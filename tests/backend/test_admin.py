@@ -162,13 +162,13 @@ def test_without_a_key_the_page_says_where_to_get_one(settings: Settings, store:
     keyless = TestClient(create_app(settings.model_copy(update={"label_studio_api_key": type(settings.password)("")})))
     page = keyless.get("/")
     assert page.status_code == 200
-    told = "Label Studio: Account &amp; Settings -&gt; Access Token; set LABEL_STUDIO_API_KEY."
+    told = "take one in Account &amp; Settings -&gt; Personal Access Token, set LABEL_STUDIO_API_KEY."
     assert told in page.text
     assert keyless.get("/health").status_code == 200
 
 
 @pytest.mark.parametrize(
-    ("status", "said"), [(401, "refused LABEL_STUDIO_API_KEY (HTTP 401)"), (503, "answers HTTP 503"), (200, "")]
+    ("status", "said"), [(401, "does not accept LABEL_STUDIO_API_KEY"), (503, "Label Studio answered 503"), (200, "")]
 )
 def test_label_studio_that_refuses_or_is_unwell_is_a_sentence(
     settings: Settings, uploads: Any, status: int, said: str

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import socket
 import subprocess
@@ -10,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +24,10 @@ from sqlalchemy import insert, select, update
 
 from backend import ml_api
 from backend.app import MAX_BODY, create_app
-from worker import queue
+from worker import crew, queue
 from worker.services import Services
 from worker.settings import Settings
-from worker.store import metadata, projects, rounds, scores, steps, task_annotations, tasks
+from worker.store import events, metadata, projects, rounds, scores, steps, task_annotations, tasks
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 CAPTURES = REPOSITORY / "tests" / "fixtures" / "captures"
@@ -67,14 +69,18 @@ def services(client: TestClient) -> Services:
 
 
 def content(client: TestClient) -> dict[str, list[Any]]:
-    """Everything in the store, and the queue."""
+    """Everything in the store, and the queue but for what a clock puts there."""
     own = services(client)
     with own.store.read() as connection:
         rows = {
             table.name: [tuple(row) for row in connection.execute(select(table)).all()]
             for table in metadata.sorted_tables
         }
-    return {**rows, "queue": [queue.queue(name, own.redis).job_ids for name in queue.QUEUES]}
+    waiting = [
+        [job_id for job_id in queue.queue(name, own.redis).job_ids if not job_id.startswith("reconcile-3600-")]
+        for name in queue.QUEUES
+    ]
+    return {**rows, "queue": waiting}
 
 
 def publish(client: TestClient, n_tasks: int = 3) -> None:
@@ -223,7 +229,84 @@ def test_without_a_worker_unknown_tasks_are_answered_in_time_as_pending(
     first, unknown = ask(client, 2, 50)
     assert time.monotonic() - began < 3
     assert first["model_version"] == "al-000000"
+    assert unknown == []  # an entry without a prediction: Label Studio stores none, and asks again
+
+
+def test_an_interactive_request_is_answered_with_an_object(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish(client)
+    monkeypatch.setattr(ml_api, "PREDICT_SECONDS", 0.1)
+    body = {"project": "1.1", "tasks": [{"id": 50, "data": {}}], "params": {"context": {"result": []}}}
+    (unknown,) = client.post("/predict", json=body).json()["results"]
     assert unknown == {"result": [], "score": 1.0, "model_version": "hardfirst-pending"}
+    assert queue.queue_lengths(services(client).redis)["score"] == 0  # nobody keeps it, so nothing is missing
+
+
+def test_what_is_left_over_is_asked_for_once_and_behind_the_annotators(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish(client)
+    monkeypatch.setattr(ml_api, "PREDICT_SECONDS", 2.0)
+    monkeypatch.setattr("worker.scoring.LATE_PAUSE", 1e9)
+    assert ask(client, 2, *range(50, 90))[1:] == [[]] * 40
+    assert ask(client, 2, 50)[1:] == [[]]
+    own = services(client)
+    (job_id,) = queue.queue("score", own.redis).job_ids
+    job = queue.queue("score", own.redis).fetch_job(job_id)
+    assert job is not None
+    assert (job.func_name, job.args) == ("worker.jobs.late", [1])
+    asked = [queue.queue("predict", own.redis).fetch_job(one) for one in queue.queue("predict", own.redis).job_ids]
+    assert [len(one.args[1]) for one in asked if one is not None] == [32, 1]  # in chunks; the first was not answered
+
+
+def test_slow_reading_leaves_time_for_writing(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    publish(client)
+    waited = []
+
+    def slow(*args: Any) -> dict[int, Any]:
+        time.sleep(0.5)
+        return {}
+
+    monkeypatch.setattr(ml_api, "stored_predictions", slow)
+    monkeypatch.setattr(ml_api, "PREDICT_SECONDS", 5.0)
+    monkeypatch.setattr(ml_api, "_ask_in_chunks", lambda *args: waited.append(args[4] - time.monotonic()) or {})
+    ask(client, 50)
+    assert waited[0] <= 5.0 - 3 * 0.5  # read once, and twice that is kept for writing the answer
+
+
+def test_without_a_worker_nobody_waits_for_the_whole_time(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    publish(client)
+    waited = []
+
+    def refuse(conn: Any, args: Any, timeout: float) -> Any:
+        waited.append(timeout)
+        raise TimeoutError
+
+    monkeypatch.setattr(queue, "call_predict", refuse)
+    ask(client, 50)
+    alive = crew.WorkerSeen("w", "host", 1, ("predict",), "idle", 3.0, 0, 0)
+    for seen in (alive, replace(alive, seen_seconds=500.0), replace(alive, queues=("control", "score"))):
+        monkeypatch.setattr(crew, "workers", lambda conn, seen=seen: [seen])
+        ask(client, 50)
+    assert waited[0] == waited[2] == waited[3] == ml_api.WITHOUT_WORKER
+    assert ml_api.PREDICT_SECONDS - 5 < waited[1] <= ml_api.PREDICT_SECONDS
+
+
+def test_what_was_made_too_late_and_is_asked_for_again_is_not_sent_twice(client: TestClient) -> None:
+    publish(client)
+    own = services(client)
+    with own.store.write() as connection:
+        round_id = connection.execute(select(rounds.c.id)).scalar_one()
+        late = {"round_id": round_id, "shard": -1, "published_score": 0.7, "regions": "[]"}
+        connection.execute(insert(tasks), [{"project_id": 1, "task_id": number, "image": "a"} for number in (8, 9)])
+        connection.execute(insert(scores), [{**late, "task_id": number} for number in (8, 9)])
+    body = {"project": "1.1", "tasks": [{"id": 9, "data": {}}], "params": {"context": {}}}
+    client.post("/predict", json=body)  # interactive: shown, not kept
+    ask(client, 8)
+    with own.store.read() as connection:
+        sent = connection.execute(select(scores.c.task_id).where(scores.c.sent)).scalars().all()
+    assert sent == [8]
 
 
 def test_without_redis_stored_answers_are_given_all_the_same(settings: Settings, tmp_path: Path) -> None:
@@ -238,12 +321,12 @@ def test_without_redis_stored_answers_are_given_all_the_same(settings: Settings,
             connection.execute(insert(scores).values(round_id=round_id, task_id=1, shard=0, published_score=0.5))
         known, unknown = ask(client, 1, 2)
     assert known["model_version"] == "al-000000"
-    assert unknown["model_version"] == "hardfirst-pending"
+    assert unknown == []
 
 
-def test_before_the_first_batch_everything_is_pending(client: TestClient) -> None:
+def test_before_the_first_batch_there_are_no_predictions(client: TestClient) -> None:
     client.post("/setup", json=SETUP)
-    assert ask(client, 1, 2) == [{"result": [], "score": 1.0, "model_version": "hardfirst-pending"}] * 2
+    assert ask(client, 1, 2) == [[], []]
     assert content(client)["queue"][2] == []
 
 
@@ -271,23 +354,6 @@ BAD_BODIES: list[tuple[str, Any, str]] = [  # path, body (bytes: as it is), what
     ("/setup", {**SETUP, "schema": None}, "schema"),
     ("/setup", {**SETUP, "schema": 7}, "schema"),
     ("/setup", {**SETUP, "schema": "x" * 1_000_001}, "schema"),
-    ("/setup", {**SETUP, "schema": ""}, "The label config is empty"),
-    ("/setup", {**SETUP, "schema": "<View"}, "The label config cannot be read"),
-    ("/setup", {**SETUP, "schema": "\ud800"}, ""),
-    ("/setup", {**SETUP, "schema": CONFIG.replace("cat", "c\ud800")}, ""),
-    ("/setup", {**SETUP, "schema": CONFIG.replace("cat", "c\x00")}, ""),
-    ("/setup", {**SETUP, "schema": '<View><Text name="t" value="$t"/></View>'}, "RectangleLabels"),
-    ("/setup", {**SETUP, "schema": '<!DOCTYPE a [<!ENTITY b "c">]>' + CONFIG}, "DOCTYPE"),
-    ("/setup", {**SETUP, "extra_params": {"bach_size": 3}}, "did you mean 'batch_size'?"),
-    ("/setup", {**SETUP, "extra_params": {"batch_size": 0}}, "batch_size"),
-    ("/setup", {**SETUP, "extra_params": [1]}, "extra_params must be a JSON object"),
-    ("/setup", {**SETUP, "extra_params": "{"}, "extra_params is not JSON"),
-    ("/setup", {**SETUP, "extra_params": '{"a":' + DEEP + "}"}, "extra_params"),
-    ("/setup", b'{"project": 1, "schema": "", "extra_params": {"lr0": NaN}}', ""),
-    ("/setup", {**SETUP, "extra_params": {"weights": "\ud800"}}, "not Unicode"),
-    ("/setup", {**SETUP, "extra_params": {"weights": json.loads("[" * 900 + "]" * 900)}}, "weights"),
-    ("/setup", {**SETUP, "extra_params": {"strategy_options": {"\ud800": 1}}}, ""),
-    ("/setup", {**SETUP, "extra_params": {"\ud800": 1}}, ""),
     ("/webhook", {}, "action"),
     ("/webhook", {"action": None, "project": {"id": 1}}, "action"),
     ("/webhook", {"action": "x" * 65, "project": {"id": 1}}, "action"),
@@ -320,6 +386,62 @@ BAD_BODIES: list[tuple[str, Any, str]] = [  # path, body (bytes: as it is), what
     ("/predict", {"tasks": [{"id": 1}] * 100_001, "project": 1}, "tasks"),
     ("/predict", DEEP.encode(), ""),
 ]
+
+
+REFUSED_CONFIGS = [
+    ("", "The label config is empty"),
+    ("<View", "The label config cannot be read"),
+    ("\ud800", ""),
+    (CONFIG.replace("cat", "c\ud800"), ""),
+    (CONFIG.replace("cat", "c\x00"), ""),
+    ('<View><Text name="t" value="$t"/></View>', "RectangleLabels"),
+    ('<!DOCTYPE a [<!ENTITY b "c">]>' + CONFIG, "DOCTYPE"),
+    (CONFIG.replace("RectangleLabels", "BrushLabels"), "What is drawn with <BrushLabels> has no box"),
+    (CONFIG.replace("RectangleLabels", "PolygonLabels"), '"shapes": "hull"'),
+]
+REFUSED_SETTINGS: list[tuple[dict[str, Any], str]] = [  # what /setup has instead, what the sentence names
+    ({"extra_params": {"bach_size": 3}}, "did you mean 'batch_size'?"),
+    ({"extra_params": {"batch_size": 0}}, "batch_size"),
+    ({"extra_params": [1]}, "extra_params must be a JSON object"),
+    ({"extra_params": "{"}, "extra_params is not JSON"),
+    ({"extra_params": '{"a":' + DEEP + "}"}, "extra_params"),
+    ({"extra_params": {"lr0": math.nan}}, ""),
+    ({"extra_params": {"weights": "\ud800"}}, "not Unicode"),
+    ({"extra_params": {"weights": json.loads("[" * 900 + "]" * 900)}}, "weights"),
+    ({"extra_params": {"strategy_options": {"\ud800": 1}}}, ""),
+    ({"extra_params": {"\ud800": 1}}, ""),
+]
+REFUSED = [({"schema": config}, named) for config, named in REFUSED_CONFIGS] + REFUSED_SETTINGS
+
+
+@pytest.mark.parametrize(("sent", "named"), REFUSED)
+@pytest.mark.parametrize("is_known", [True, False])
+def test_what_setup_refuses_is_noted_and_changes_nothing_else(
+    sent: dict[str, Any], named: str, is_known: bool, client: TestClient
+) -> None:
+    if is_known:
+        publish(client)
+    before = content(client)
+    body = json.dumps({**SETUP, **sent}).encode()
+    answer = client.post("/setup", content=body, headers={"Content-Type": "application/json"})
+    after = content(client)
+    assert 400 <= answer.status_code < 500, answer.text[:500]
+    detail = answer.json()["detail"]
+    assert named in detail
+    if answer.status_code == 422 and "schema" not in detail:  # it was text, and no label config of ours
+        own = services(client)
+        with own.store.read() as connection:
+            row = connection.execute(select(projects)).one()
+            told = connection.execute(select(events.c.detail).where(events.c.kind == "refused")).scalars().all()
+        assert row.problem == told[0] == detail.encode("utf-8", "replace").decode()
+        assert row.label_config == (CONFIG if is_known else "")
+        client.post("/setup", content=body, headers={"Content-Type": "application/json"})
+        assert content(client) == after  # told once
+    for name in set(before) - {"projects", "events"}:
+        assert after[name] == before[name], name
+    assert client.post("/setup", json=SETUP).status_code == 200
+    with services(client).store.read() as connection:
+        assert connection.execute(select(rounds.c.number)).scalars().all() == [0]  # the first round follows
 
 
 @pytest.mark.parametrize(("path", "body", "named"), BAD_BODIES)

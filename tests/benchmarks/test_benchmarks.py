@@ -53,6 +53,12 @@ def test_predict_answers_live() -> None:
     assert found["busy_p95_ms"] > 0
 
 
+def test_predict_answers_many_tasks_in_one_request() -> None:
+    found = figures("predict", "--size", "40")
+    assert [row["answered"] for row in found.values()] == [40, 40, 40]  # so few are made in time
+    assert all(0 < row["seconds"] < 100 and row["answer_mb"] > 0 and row["health_ms"] > 0 for row in found.values())
+
+
 def test_verdict_replays_curves_of_known_truth() -> None:
     found = figures("verdict")
     assert set(found) == {"false_stops", "flat_stopped", "insufficient", "base_false_stops"}

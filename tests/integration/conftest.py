@@ -156,6 +156,16 @@ class LabelProject:
     def predictions(self) -> dict[int, list[dict[str, Any]]]:
         return {int(task["id"]): list(task["predictions"]) for task in self.tasks()}
 
+    def true_regions(self, task_id: int) -> list[dict[str, Any]]:
+        """The true boxes of a drawn image, as rectangles."""
+        return regions_of(draw(self.indexes()[task_id])[1])
+
+    def retrieve(self, task_ids: Sequence[int]) -> None:
+        """The Data Manager's "Retrieve predictions" for some tasks: one /predict."""
+        params = {"id": "retrieve_tasks_predictions", "project": self.id}
+        body = {"selectedItems": {"all": False, "included": list(task_ids)}, "ordering": []}
+        ok(self.api.post("/api/dm/actions", params=params, json=body, timeout=110))
+
     def remote(self) -> dict[str, Any]:
         return dict(ok(self.api.get(f"/api/projects/{self.id}/")))
 
@@ -246,6 +256,24 @@ class Stage:
         name = f"reconcile-{time.monotonic_ns()}"
         queue.enqueue_unique(self.services.redis, queue.CONTROL, "worker.jobs.reconcile", (), name, timeout=60)
         self.work(only=[queue.CONTROL], jobs=1)
+
+    def ask(self, *asked: tuple[LabelProject, Sequence[dict[str, Any]]]) -> list[list[dict[str, Any]]]:
+        """What /predict answers for each project's tasks, asked at once, with a worker that takes the jobs."""
+        answers: dict[int, httpx.Response] = {}
+
+        def post(number: int, project: LabelProject, new: Sequence[dict[str, Any]]) -> None:
+            body = {"tasks": list(new), "project": f"{project.id}.123"}
+            answers[number] = httpx.post(f"{self.backend_url}/predict", json=body, timeout=60, trust_env=False)
+
+        threads = [threading.Thread(target=post, args=(number, *one)) for number, one in enumerate(asked)]
+        for thread in threads:
+            thread.start()
+        while any(thread.is_alive() for thread in threads):
+            if queue.queue_lengths(self.services.redis)["predict"]:
+                self.work(only=["predict"])
+            time.sleep(0.05)
+        assert [answers[number].status_code for number in range(len(asked))] == [200] * len(asked), answers
+        return [list(answers[number].json()["results"]) for number in range(len(asked))]
 
     def open_steps(self) -> list[Any]:
         with self.services.store.read() as connection:

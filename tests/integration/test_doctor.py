@@ -185,7 +185,7 @@ def test_whose_token_it_is_of_which_kind_and_that_it_is_wrong(stage: Any, second
     assert token_check(stage, second_token).sentence.startswith("legacy token of second-")
     wrong = token_check(stage, "not-the-token-at-all")
     assert wrong.status is Status.FAILED
-    assert "does not accept LABEL_STUDIO_API_KEY, a legacy token" in wrong.sentence
+    assert "does not accept LABEL_STUDIO_API_KEY: the legacy token was reset" in wrong.sentence
 
 
 def test_personal_access_tokens_and_legacy_ones_that_are_off(stage: Any, second_token: str) -> None:
@@ -200,7 +200,7 @@ def test_personal_access_tokens_and_legacy_ones_that_are_off(stage: Any, second_
     assert ", valid for " in found.sentence
     broken = token_check(stage, personal[:-6] + "AAAAAA")
     assert broken.status is Status.FAILED
-    assert "a personal access token" in broken.sentence
+    assert "the personal access token is damaged" in broken.sentence
 
     bearer = LabelStudio(stage.label_studio.url, personal).auth_headers()
     switch = partial(httpx.post, f"{stage.label_studio.url}/api/jwt/settings", headers=bearer, trust_env=False)
@@ -208,7 +208,7 @@ def test_personal_access_tokens_and_legacy_ones_that_are_off(stage: Any, second_
     try:
         off = token_check(stage, stage.label_studio.token)
         assert off.status is Status.FAILED
-        assert "legacy tokens off" in off.sentence
+        assert "it is a legacy token, and those are off there" in off.sentence
         assert token_check(stage, personal).status is Status.OK
     finally:
         assert switch(json=on).is_success

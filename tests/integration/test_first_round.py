@@ -114,7 +114,7 @@ def test_without_a_token_the_project_waits_and_says_where_to_get_one(make_stage:
     stage.work()
     assert stage.round(project, 0).state == "attaching"
     assert stage.row(project).problem == (
-        "No access token for Label Studio. Label Studio: Account & Settings -> Access Token; set LABEL_STUDIO_API_KEY."
+        "No token for Label Studio: take one in Account & Settings -> Personal Access Token, set LABEL_STUDIO_API_KEY."
     )
 
 

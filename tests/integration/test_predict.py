@@ -12,7 +12,8 @@ import httpx
 import pytest
 from PIL import Image
 
-from worker import queue
+from backend import ml_api
+from worker import queue, rounds
 
 pytestmark = pytest.mark.slow
 
@@ -41,24 +42,6 @@ def image_host() -> Iterator[str]:
     server.shutdown()
 
 
-def ask(stage: Any, project: Any, tasks: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What /predict answers, with a worker that takes its job as soon as it is there."""
-    answers: list[httpx.Response] = []
-    body = {"tasks": tasks, "project": f"{project.id}.123"}
-
-    def post() -> None:
-        answers.append(httpx.post(f"{stage.backend_url}/predict", json=body, timeout=60, trust_env=False))
-
-    thread = threading.Thread(target=post)
-    thread.start()
-    while thread.is_alive():
-        if queue.queue_lengths(stage.services.redis)["predict"]:
-            stage.work(only=["predict"])
-        thread.join(0.05)
-    assert answers[0].status_code == 200, answers[0].text
-    return list(answers[0].json()["results"])
-
-
 def test_unknown_tasks_are_scored_live_and_broken_images_cost_only_themselves(
     make_stage: Callable[..., Any], image_host: str
 ) -> None:
@@ -70,7 +53,8 @@ def test_unknown_tasks_are_scored_live_and_broken_images_cost_only_themselves(
     urls.append("http://169.254.1.1/secret.jpg")
     new = project.import_tasks([{"data": {"image": url}} for url in urls])
     sent = [{"id": task_id, "data": {"image": url}} for task_id, url in zip(new, urls, strict=True)]
-    results = ask(stage, project, [{"id": 999_999, "data": {}}, {"id": project.task_ids()[0], "data": {}}, *sent])
+    unknown = [{"id": 999_999, "data": {}}, {"id": project.task_ids()[0], "data": {}}]
+    (results,) = stage.ask((project, [*unknown, *sent]))
     assert len(results) == 7
     assert [found["result"] for found in results] == [[]] * 7  # the descriptor draws none
     assert {found["model_version"] for found in results} == {"al-000000"}
@@ -103,17 +87,15 @@ def test_a_trained_model_draws_live_and_what_it_drew_is_stored(stage: Any) -> No
     stage.services.redis.flushall()  # the reconcile that Label Studio's webhook asked for
     assert new not in stage.task_rows(project)
     with stage.services.store.write() as connection:
-        from worker import rounds
-
         rounds.remember_tasks(connection, project.id, {new: project.tasks()[-1]["data"]["image"]})
     task = next(task for task in project.tasks() if task["id"] == new)
-    (drawn,) = ask(stage, project, [task])
+    ((drawn,),) = stage.ask((project, [task]))
     assert drawn["model_version"] == "al-000001"
     assert drawn["result"]
     first = drawn["result"][0]
     assert (first["type"], first["from_name"], first["to_name"]) == ("rectanglelabels", "label", "image")
     assert (first["original_width"], first["original_height"]) == (96, 96)
-    (again,) = ask(stage, project, [task])
+    ((again,),) = stage.ask((project, [task]))
     assert again == drawn
     assert queue.queue("predict", stage.services.redis).count == 0
     row = stage.scores_of(stage.round(project, 1))[new]
@@ -121,3 +103,47 @@ def test_a_trained_model_draws_live_and_what_it_drew_is_stored(stage: Any) -> No
     with httpx.Client(trust_env=False) as client:  # the same answer, without any worker
         body = {"tasks": [task], "project": project.id}
         assert client.post(f"{stage.backend_url}/predict", json=body).json()["results"] == [drawn]
+
+
+def test_what_is_not_ready_in_time_is_no_prediction_and_follows_soon(
+    stage: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """"Retrieve predictions" for many tasks: what is there is stored, of the rest nothing, until it is scored."""
+    project = stage.connected(6)
+    new = project.add_images(range(20, 26))
+    stage.services.redis.flushall()  # the reconcile that Label Studio's webhook asked for
+    images = {task["id"]: task["data"]["image"] for task in project.tasks() if task["id"] in new}
+    with stage.services.store.write() as connection:
+        rounds.remember_tasks(connection, project.id, images)
+    monkeypatch.setattr(ml_api, "WITHOUT_WORKER", 0.2)
+    project.retrieve(project.task_ids())
+    found = project.predictions()
+    assert [len(found[task_id]) for task_id in new] == [0] * 6  # not: six images in which nothing was found
+    assert queue.queue_lengths(stage.services.redis)["score"] == 1
+    stage.services.redis.delete("rq:queue:predict")  # nor does the worker that was waited for come back
+    stage.work()
+    found = project.predictions()
+    assert [[one["model_version"] for one in found[task_id]] for task_id in new] == [["al-000000"]] * 6
+    assert all(0.5 <= found[task_id][0]["score"] < 1 for task_id in new)
+    project.retrieve(project.task_ids())  # what is there is not asked for again
+    assert project.predictions() == found
+
+
+def test_what_a_worker_made_too_late_is_given_once(stage: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The job that was not waited for stores its predictions; the next request brings them, no import repeats them."""
+    project = stage.connected(6)
+    new = project.add_images(range(20, 22))
+    stage.services.redis.flushall()
+    images = {task["id"]: task["data"]["image"] for task in project.tasks() if task["id"] in new}
+    with stage.services.store.write() as connection:
+        rounds.remember_tasks(connection, project.id, images)
+    monkeypatch.setattr(ml_api, "WITHOUT_WORKER", 0.2)
+    project.retrieve(new)
+    stage.work(only=["predict"])
+    made = stage.scores_of(stage.round(project, 0))
+    assert [made[task_id].sent for task_id in new] == [False] * 2
+    project.retrieve(new)
+    stage.work()
+    stage.reconcile()
+    found = project.predictions()
+    assert [len(found[task_id]) for task_id in new] == [1, 1]

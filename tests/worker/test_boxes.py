@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from label_studio_sdk.label_interface.interface import LabelInterface
 
 from worker.boxes import (
+    Control,
     LabelMap,
     clip_xyxy,
     percent_to_xyxy,
@@ -19,6 +20,7 @@ from worker.boxes import (
     yolo_to_xyxy,
 )
 from worker.errors import LabelConfigUnsupported, LabelMismatch
+from worker.shapes import SHAPES, drawn_box
 
 CONFIG = (
     '<View><Image name="image" value="$image"/>'
@@ -112,16 +114,33 @@ def test_label_map_reads_a_config():
     assert label_map.class_ids == {"cat": 0, "dog": 1}
 
 
-def test_the_first_rectangles_over_an_image_win():
+def test_all_rectangles_over_the_first_image_count_and_no_others():
     config = config_with(
         '<Text name="text" value="$text"/><RectangleLabels name="wrong" toName="text"><Label value="w"/>'
         '</RectangleLabels><RectangleLabels name="first" toName="text,photo"><Label value="b"/><Label value="a"/>'
-        '</RectangleLabels><RectangleLabels name="second" toName="photo"><Label value="z"/></RectangleLabels>',
-        image='<Image name="photo" value="$url"/>',
+        '</RectangleLabels><RectangleLabels name="second" toName="photo" model_score_threshold="0.7">'
+        '<Label value="z"/><Label value="a"/></RectangleLabels>'
+        '<RectangleLabels name="back" toName="rear"><Label value="r"/></RectangleLabels>'
+        '<PolygonLabels name="outline" toName="photo"><Label value="p"/></PolygonLabels>',
+        image='<Image name="photo" value="$url"/><Image name="rear" value="$rear"/>',
     )
     label_map = LabelMap.from_config(config)
     assert (label_map.from_name, label_map.to_name, label_map.image_key) == ("first", "photo", "url")
-    assert label_map.labels == ("b", "a")  # the order of the config, not of the alphabet
+    assert label_map.labels == ("b", "a", "z")  # the order of the config, not of the alphabet
+    assert label_map.controls == (
+        Control("first", "rectangle", ("b", "a")),
+        Control("second", "rectangle", ("z", "a"), 0.7),
+    )
+    assert [label_map.control_for(label).name for label in ("a", "z")] == ["first", "second"]
+    assert label_map.control("outline") is None
+    assert (label_map.threshold_of("a", 0.25), label_map.threshold_of("z", 0.25)) == (0.25, 0.7)
+    assert label_map.lowest_threshold(0.25) == 0.25
+    assert label_map.lowest_threshold(0.9) == 0.7
+    regions = to_regions(label_map, [[1, 1, 5, 5], [2, 2, 6, 6]], [0.9, 0.8], [0, 1], {0: "a", 1: "z"}, 10, 10)
+    assert [(region["from_name"], region["to_name"]) for region in regions] == [("first", "photo"), ("second", "photo")]
+    hulls = LabelMap.from_config(config, "hull")
+    assert hulls.labels == ("b", "a", "z", "p")
+    assert hulls.control("outline") == Control("outline", "polygon", ("p",))
 
 
 def test_an_xml_declaration_and_the_alias_of_a_label_are_understood():
@@ -131,6 +150,60 @@ def test_an_xml_declaration_and_the_alias_of_a_label_are_understood():
     label_map = LabelMap.from_config(config)
     assert label_map.labels == ("n1",)  # what Label Studio stores in regions
     assert label_map.classes_for({4: "steel nut"}) == {4: "n1"}
+    assert label_map.class_id_of("n1") == 0
+    assert label_map.class_id_of("Steel nut") == 0  # drawn before there was an alias
+    assert label_map.class_id_of("nut") is None
+
+
+def test_a_threshold_of_nought_is_a_threshold():
+    label_map = LabelMap.from_config(CONFIG.replace("0.25", "0"))
+    assert label_map.threshold_of("cat", 0.25) == 0.0
+    assert label_map.lowest_threshold(0.25) == 0.0
+
+
+LABELS = '<Labels name="l" toName="{}"><Label value="x"/></Labels>'
+POLYGONS = '<PolygonLabels name="label" toName="image"><Label value="cat"/><Label value="dog"/></PolygonLabels>'
+
+
+def test_polygons_and_ellipses_count_when_hulls_are_asked_for():
+    ellipses = POLYGONS.replace("PolygonLabels", "EllipseLabels")
+    for drawn, shape in ((POLYGONS, "polygon"), (ellipses, "ellipse")):
+        label_map = LabelMap.from_config(config_with(drawn), "hull")
+        assert label_map.labels == ("cat", "dog")
+        assert [(control.shape, control.type) for control in label_map.controls] == [(shape, f"{shape}labels")]
+        says = f"<{shape.title()}Labels> over the image.*\"shapes\": \"hull\""
+        with pytest.raises(LabelConfigUnsupported, match=says):
+            LabelMap.from_config(config_with(drawn))
+
+
+@pytest.mark.parametrize("shapes", ["boxes_only", "hull"])
+@pytest.mark.parametrize(
+    ("config", "says"),
+    [
+        (
+            config_with('<BrushLabels name="b" toName="image"><Label value="x"/></BrushLabels>'),
+            "<BrushLabels> has no box",
+        ),
+        (
+            config_with('<KeyPointLabels name="k" toName="image"><Label value="x"/></KeyPointLabels>'),
+            "<KeyPointLabels> has no box",
+        ),
+        (
+            config_with(f'{LABELS.format("image")}<Rectangle name="r" toName="image"/>'),
+            r"it has \['Labels', 'Rectangle'\]\)\. Add <RectangleLabels",
+        ),
+        (
+            config_with(
+                f'<VideoRectangle name="box" toName="video"/>{LABELS.format("video")}',
+                '<Video name="video" value="$video"/>',
+            ),
+            "<Video>, which is not supported: a task must be one image",
+        ),
+    ],
+)
+def test_what_has_no_box_is_refused_and_says_what_is_needed(config, says, shapes):
+    with pytest.raises(LabelConfigUnsupported, match=says):
+        LabelMap.from_config(config, shapes)
 
 
 BOMB = (
@@ -250,6 +323,18 @@ def test_classes_nobody_asked_for_and_boxes_outside_make_no_region():
     assert to_regions(LABEL_MAP, [], [], [], {0: "cat"}, 10, 10) == []
 
 
+def test_a_region_takes_the_shape_of_its_control():
+    for shape, value in (
+        ("polygon", {"points": [[10.0, 10.0], [30.0, 10.0], [30.0, 50.0], [10.0, 50.0]], "closed": True}),
+        ("ellipse", {"x": 20.0, "y": 30.0, "radiusX": 10.0, "radiusY": 20.0, "rotation": 0}),
+    ):
+        tool = Control("tool", shape, ("cat", "dog"))
+        label_map = LabelMap("tool", "image", "image", ("cat", "dog"), controls=(tool,))
+        (region,) = to_regions(label_map, [[64, 48, 192, 240]], [0.875], [7], {7: "dog"}, 640, 480)
+        assert (region["from_name"], region["type"]) == ("tool", f"{shape}labels")
+        assert region["value"] == {**value, f"{shape}labels": ["dog"]}
+
+
 def test_broken_detections_are_refused():
     with pytest.raises(ValueError, match="2 confidences"):
         to_regions(LABEL_MAP, [[1, 1, 5, 5]], [0.5, 0.5], [0], {0: "cat"}, 10, 10)
@@ -266,11 +351,20 @@ coordinate = st.floats(-1e4, 1e4, allow_nan=False)
     st.lists(st.tuples(coordinate, coordinate, coordinate, coordinate, st.floats(-0.1, 1.1)), max_size=8),
     st.integers(1, 9999),
     st.integers(1, 9999),
+    st.sampled_from(SHAPES),
 )
-def test_label_studio_keeps_every_region(rows, width, height):
+def test_label_studio_keeps_every_region(rows, width, height, shape):
     boxes = [row[:4] for row in rows]
-    regions = to_regions(LABEL_MAP, boxes, [row[4] for row in rows], [0] * len(rows), {0: "cat"}, width, height)
-    for region in regions:
+    config = CONFIG.replace("RectangleLabels", f"{shape.title()}Labels")
+    label_map = LabelMap.from_config(config, "hull")
+    regions = to_regions(label_map, boxes, [row[4] for row in rows], [0] * len(rows), {0: "cat"}, width, height)
+    expected = to_regions(LABEL_MAP, boxes, [row[4] for row in rows], [0] * len(rows), {0: "cat"}, width, height)
+    for region, rectangle in zip(regions, expected, strict=True):  # whatever its shape, the box is the rectangle's
+        label, sides = drawn_box(region)
+        assert label == "cat"
+        wanted = [rectangle["value"][side] for side in ("x", "y", "width", "height")]
+        np.testing.assert_allclose(sides, wanted, atol=1e-9)
+    for region in expected:
         value = region["value"]
         assert value["x"] >= 0
         assert value["y"] >= 0
@@ -280,5 +374,17 @@ def test_label_studio_keeps_every_region(rows, width, height):
         assert value["y"] + value["height"] <= 100
         assert 0 <= region["score"] <= 1
     prediction = {"model_version": "al-000001", "score": 0.5, "result": json.loads(json.dumps(regions))}
-    assert LabelInterface(CONFIG).validate_prediction(prediction, return_errors=True) == []
+    assert LabelInterface(config).validate_prediction(prediction, return_errors=True) == []
     assert len({region["id"] for region in regions}) == len(regions)
+
+
+def test_a_region_that_was_made_under_another_config_is_shown_only_where_it_fits():
+    under = LabelMap.from_config(CONFIG)
+    name, label = under.controls[0].name, under.controls[0].labels[0]
+    value = {"x": 1, "y": 1, "width": 9, "height": 9, "rotation": 0, "rectanglelabels": [label]}
+    region = {"from_name": name, "to_name": under.to_name, "type": "rectanglelabels", "value": value}
+    assert under.shows(region)
+    assert not under.shows({**region, "value": {**value, "rectanglelabels": ["gone"]}})
+    assert not under.shows({**region, "from_name": "renamed"})
+    assert not under.shows({**region, "to_name": "renamed"})
+    assert not under.shows({**region, "type": "polygonlabels"})

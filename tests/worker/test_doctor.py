@@ -172,15 +172,6 @@ def jwt(**claims: Any) -> str:
     return f"eyJh.{body}.c2ln"
 
 
-def test_a_personal_access_token_says_itself_when_it_ends() -> None:
-    assert doctor.days_left(jwt(exp=time.time() + 86_400 * 10)) == pytest.approx(10, abs=0.01)
-    assert doctor.days_left(jwt(exp=time.time() - 86_400)) == pytest.approx(-1, abs=0.01)
-    assert doctor.is_personal(jwt(exp=1))
-    for silent in (jwt(), jwt(exp=None), jwt(exp="soon"), "a.%%%.c", "a.b.c", "a.bnVsbA.c", "0123456789abcdef"):
-        assert doctor.days_left(silent) is None
-    assert not doctor.is_personal("0123456789abcdef")
-
-
 def test_a_token_that_ends_soon_is_a_warning(make: Callable[..., Services], monkeypatch: pytest.MonkeyPatch) -> None:
     own = make(label_studio_api_key=jwt(exp=time.time() + 86_400 * 3 + 60))
     monkeypatch.setattr(own.label_studio, "whoami", lambda: {"email": "ann@example.com"})
@@ -532,3 +523,38 @@ def test_a_project_that_was_never_connected_is_named(connected: Services) -> Non
     assert "project 8 is not connected to this backend" in found["project"].sentence
     assert {found[name].status for name in ("webhook", "sampling", "order")} == {Status.SKIPPED}
     assert doctor_project.project_ids(connected) == [7]
+
+
+# --- for the page: a worker says what it sees -------------------------------------------------------------------------
+
+
+def test_a_worker_is_asked_for_what_needs_torch(
+    make: Callable[..., Services], redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = make(redis_url=redis_url, device="cpu", weights="yolo11n.yaml")
+    monkeypatch.setattr("worker.jobs.services", lambda: own)
+    looks = {one.name: one for one in deployment_looks(own, quick=False, ask_worker=True)}
+    found: dict[str, Check] = {}
+    asking = threading.Thread(target=lambda: found.update({name: looks[name].look() for name in ("device", "weights")}))
+    asking.start()
+    while asking.is_alive():
+        queue.make_worker("simple", ["control"], own.redis).work(burst=True, logging_level="CRITICAL")
+        time.sleep(0.02)
+    assert found["device"].sentence.startswith("cpu (")
+    assert found["weights"].status is Status.WARNING
+    assert "from scratch" in found["weights"].sentence
+
+
+def test_a_worker_that_is_busy_is_not_waited_for(
+    make: Callable[..., Services], redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doctor, "WORKER_PATIENCE", 0.05)
+    found = doctor.seen_by_worker(make(redis_url=redis_url), "device")
+    assert (found.status, found.sentence) == (
+        Status.SKIPPED,
+        "not looked at: the worker of `control` is busy; look again later",
+    )
+
+
+def test_only_checks_are_made_for_the_page(make: Callable[..., Services]) -> None:
+    assert doctor.examined_here(make(), ["os.system", "token"]) == []

@@ -133,7 +133,7 @@ def answering() -> Iterator[Callable[[int, bytes], str]]:
 @pytest.mark.parametrize(
     ("status", "body", "error", "sentence"),
     [
-        (401, b"{}", CredentialsMissing, "LABEL_STUDIO_API_KEY is not valid"),
+        (401, b"{}", CredentialsMissing, "does not accept LABEL_STUDIO_API_KEY: the legacy token"),
         (403, b"{}", CredentialsMissing, "may not change this project"),
         (404, b"{}", NotFound, r"Label Studio has no /api/projects/7/ \(404\)"),
         (400, b'{"detail": "no"}', LabelStudioRefused, "Label Studio answered 400 to GET"),

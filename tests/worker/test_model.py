@@ -157,6 +157,47 @@ def test_scores_come_in_the_order_asked_with_embeddings_of_the_images(own: Servi
     assert not np.array_equal(red, blue)
 
 
+def test_each_control_draws_from_its_own_threshold_on(own: Services) -> None:
+    from worker.detector import ImageScore
+    from worker.model import Scorer
+
+    config = (
+        '<View><Image name="image" value="$image"/>'
+        '<RectangleLabels name="sure" toName="image" model_score_threshold="0.8"><Label value="nut"/></RectangleLabels>'
+        '<RectangleLabels name="any" toName="image" model_score_threshold="0"><Label value="bolt"/></RectangleLabels>'
+        '<PolygonLabels name="outline" toName="image"><Label value="wire"/></PolygonLabels></View>'
+    )
+    publish(own)
+    with own.store.write() as connection:
+        connection.execute(update(projects).values(label_config=config))
+        connection.execute(update(round_rows).values(settings='{"shapes": "hull", "confidence": 0.4}'))
+        project = connection.execute(select(projects)).one()
+        round_row = connection.execute(select(round_rows)).one()
+    scorer = Scorer(own, project, round_row)
+    assert scorer.confidence == 0.001  # of "any"; what lies below is noise
+    names = {0: "nut", 1: "bolt", 2: "wire", 3: "cat"}
+    scorer.class_to_label = scorer.label_map.classes_for(names)
+    confidences = [0.9, 0.7, 0.5, 0.3, 0.95, 0.0005]
+    class_ids = [0, 0, 2, 2, 3, 1]
+    n = len(confidences)
+    look = ImageScore(
+        boxes_xyxy=np.tile(np.array([[10, 10, 30, 30]], np.float32), (n, 1)),
+        confidences=np.array(confidences, np.float32),
+        class_ids=np.array(class_ids),
+        probabilities=np.full((n, 4), 0.5, np.float32),
+        best_candidate=np.full(4, 0.5, np.float32),
+        embedding=np.ones(2, np.float32),
+        width=64,
+        height=48,
+        drawn=n,
+    )
+    drawn = scorer._task_score(1, look, None).regions
+    assert [(one["from_name"], one["type"], round(one["score"], 3)) for one in drawn] == [
+        ("sure", "rectanglelabels", 0.9),
+        ("outline", "polygonlabels", 0.5),
+    ]
+
+
 @pytest.mark.slow
 def test_the_stock_label_studio_ml_server_serves_the_same_model(
     own: Services, monkeypatch: pytest.MonkeyPatch, tmp_path: Path

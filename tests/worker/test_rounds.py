@@ -581,3 +581,11 @@ def test_the_log_says_what_a_setting_was_and_is_and_who_changed_it(store: Store)
         'strategy_options: default -> {"alpha": 0.5}; batch_size: 4 -> 50; epochs: 10 -> default, by ada',
         "the label config; this backend's address: http://backend:9090 -> http://new:1, by Label Studio",
     ]
+
+
+def test_a_backend_has_moved_when_label_studio_calls_it_by_another_address(store: Store) -> None:
+    with store.write() as connection:
+        assert not rounds.has_moved(connection, 8, "http://new:9090")  # never seen before
+        rounds.connect_project(connection, 8, CONFIG, ProjectSettings(), "http://old:9090")
+        assert not rounds.has_moved(connection, 8, "http://old:9090")
+        assert rounds.has_moved(connection, 8, "http://new:9090")

@@ -10,7 +10,7 @@ import pytest
 from sqlalchemy import insert, select, update
 
 from demo.oracle import label_config
-from worker import rounds, scoring
+from worker import queue, rounds, scoring
 from worker.errors import LabelStudioRefused, PublishIncomplete
 from worker.services import Services
 from worker.settings import ProjectSettings, Settings
@@ -110,3 +110,59 @@ def test_stored_predictions_of_the_holdout_have_no_boxes(own: Services) -> None:
         1: {"result": [{"id": "a"}], "score": 0.7, "model_version": "al-000000"},
         2: {"result": [], "score": 0.7, "model_version": "al-000000"},
     }
+
+
+# --- until nothing is left --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def many(own: Services, redis_url: str, monkeypatch: pytest.MonkeyPatch) -> Services:
+    """Project 7 with ten more tasks that nobody has scored; whoever is asked scores them at once. Four at a time."""
+    own.settings.redis_url = redis_url
+    with own.store.write() as connection:
+        rounds.remember_tasks(connection, 7, {number: f"{number}.jpg" for number in range(11, 21)})
+
+    def score_alone(own: Services, project_id: int, images: Iterable[tuple[int, str]]) -> None:
+        with own.store.write() as connection:
+            round_id = get_project(connection, project_id).published_round_id
+            late = {"round_id": round_id, "shard": scoring.LATE_SHARD, "published_score": 0.7, "regions": "[]"}
+            connection.execute(insert(scores), [{**late, "task_id": task_id} for task_id, _ in images])
+
+    monkeypatch.setattr(scoring, "score_alone", score_alone)
+    monkeypatch.setattr(scoring, "LATE_AT_ONCE", 4)
+    return own
+
+
+def test_all_late_tasks_are_scored_and_sent_once(many: Services) -> None:
+    scoring.score_all_late(many, 7)
+    assert sorted(kept(many)) == [1, 2, 3, 4, *range(11, 21)]
+    assert unsent(many) == []
+    assert queue.queue_lengths(many.redis)["score"] == 0
+
+
+def test_when_its_time_is_over_another_job_goes_on(many: Services, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scoring, "LATE_SECONDS", -1.0)
+    scoring.score_all_late(many, 7)
+    assert len(kept(many)) == 4
+    (job_id,) = queue.queue("score", many.redis).job_ids
+    job = queue.queue("score", many.redis).fetch_job(job_id)
+    assert job is not None
+    assert (job.func_name, job.args) == ("worker.jobs.late", [7])
+
+
+def test_two_workers_do_not_give_a_task_its_prediction_twice(many: Services) -> None:
+    with scoring._alone(many, 7) as is_alone:
+        assert is_alone
+        assert scoring.score_late(many, 7) is False
+        with scoring._alone(many, 8) as of_another_project:
+            assert of_another_project
+    assert kept(many) == []
+    assert scoring.score_late(many, 7) is True
+    assert len(kept(many)) == 4
+
+
+def test_before_the_first_batch_nothing_is_late(many: Services) -> None:
+    with many.store.write() as connection:
+        connection.execute(update(projects).values(published_version=None, published_round_id=None))
+    scoring.score_all_late(many, 7)
+    assert kept(many) == []

@@ -1,0 +1,72 @@
+// The check-up: its part of the page is fetched again while one runs. On the overview and on a project's page.
+"use strict";
+
+{
+  const EVERY_MS = 1000;
+  const section = () => document.getElementById("doctor");
+  let polling = false;
+
+  const tell = (sentence) => (section().querySelector("[data-said]").textContent = sentence);
+
+  async function show() {
+    const response = await fetch(section().dataset.address, { headers: { Accept: "text/html" } });
+    if (!response.ok) throw new Error(`the backend answered HTTP ${response.status}`);
+    const fresh = new DOMParser().parseFromString(await response.text(), "text/html");
+    localTimes(fresh);
+    const next = fresh.getElementById("doctor");
+    if (!section().isEqualNode(next)) exchange(section(), next); // admin.js: keeps the keyboard's place
+  }
+
+  // A status region outside of the section: one that is replaced is not read out.
+  function announce() {
+    const words = section().dataset.state === "running" ? "Checking" : "The check-up is over";
+    const region = document.getElementById("doctor-announce");
+    if (region.textContent !== words) region.textContent = words;
+  }
+
+  async function follow() {
+    if (polling) return;
+    polling = true;
+    try {
+      while (section().dataset.state === "running") {
+        announce();
+        await new Promise((done) => setTimeout(done, EVERY_MS));
+        if (!document.hidden) await show().catch((error) => tell(error.message)); // the backend may be starting again
+      }
+      announce();
+    } finally {
+      polling = false;
+    }
+  }
+
+  async function start(path, body) {
+    const response = await fetch(section().dataset.api + path, {
+      method: "POST",
+      headers: body ? { "Content-Type": "application/json" } : {},
+      body: body && JSON.stringify(body),
+    });
+    if (response.ok) return;
+    const problem = await response.json().catch(() => ({}));
+    throw new Error(problem.detail || `the backend answered HTTP ${response.status}`);
+  }
+
+  document.addEventListener("click", async (event) => {
+    const button = event.target.closest("button[data-doctor]");
+    if (!button) return;
+    tell("");
+    button.disabled = true;
+    try {
+      if (button.dataset.doctor === "run") await start("");
+      else await start("/fix", { name: button.dataset.name, of_project: Boolean(button.dataset.ofProject) });
+      await show();
+      await follow();
+      const again = section().querySelector('[data-doctor="run"]');
+      if (document.activeElement === document.body) again.focus({ preventScroll: true }); // it was disabled meanwhile
+    } catch (error) {
+      button.disabled = false;
+      tell(error.message);
+    }
+  });
+
+  if (section()?.dataset.state === "running") follow();
+}
