@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -17,9 +19,11 @@ from types import MappingProxyType
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-KEPT = ("results.json", "curves.png", "rare.png", "batches.png", "differences.png")
-DEFAULT = "hybrid_k_center"
-EVERY = "random,random@2,least_confidence,margin,entropy,kmeans,k_center,coverage,hybrid,hybrid_coverage"
+README = HERE / "README.md"
+PICTURES = ("curves.png", "rare.png")
+DEFAULT = "hybrid"  # what a project gets that sets nothing
+LEADERS = "random,random@2,hybrid,hybrid_k_center,k_center,hybrid_coverage"
+EVERY = f"{LEADERS},least_confidence,margin,entropy,kmeans,coverage,committee:committee_size=3"
 ONE, THREE, SIX = "0", "0,1,2", "0,1,2,3,4,5"
 
 Json = dict[str, Any]
@@ -29,15 +33,15 @@ POOLS: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "foda": ("--imgsz=160", "--epochs=30", "--seed-size=50", "--batch-size=100", "--rounds=4"),
         "factory": (
             *("--imgsz=160", "--epochs=15", "--train-batch=4", "--nominal-batch=4"),
-            *("--set=optimizer=AdamW", "--set=lr0=0.002", "--seed-size=50", "--batch-size=50", "--rounds=4"),
+            *("--set=optimizer=AdamW", "--set=lr0=0.002", "--seed-size=30", "--batch-size=30", "--rounds=4"),
         ),
     }
 )
 # Stage -> arms and seeds. The winner of the first two is proven on seeds that had no part in picking it.
 STAGES: Mapping[str, tuple[str, str]] = MappingProxyType(
     {
-        "strategies": (f"{EVERY},{DEFAULT},committee:committee_size=3", ONE),
-        "leaders": (f"random,random@2,hybrid,k_center,hybrid_coverage,{DEFAULT}", THREE),
+        "strategies": (EVERY, ONE),
+        "leaders": (LEADERS, THREE),
         "winner": (f"random,random@2,{DEFAULT}", SIX),
     }
 )
@@ -52,6 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--weights", type=Path, help="base weights: a detector with a pretrained backbone")
     parser.add_argument("--out", type=Path, help="folder of the simulation and its cache")
     parser.add_argument("--jobs", type=int, default=2, help="trainings at a time, one thread each (%(default)s)")
+    parser.add_argument("--write", action="store_true", help="put the tables into README.md beside this file")
     parser.add_argument("--quick", action="store_true", help="nothing: as the other benchmarks")
     parser.add_argument("--json", action="store_true", help="end with one JSON line: what the tables are made of")
     given = parser.parse_args(arguments)
@@ -62,6 +67,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     found = {f"{pool}/{stage}": figures(results) for pool, stage, results in kept()}
     for name, rows in found.items():
         print(f"\n{name}\n" + "\n".join(table(rows)))
+    if given.write:
+        text = README.read_text(encoding="utf-8")
+        README.write_text(with_tables(text, found), encoding="utf-8")
     if given.json:
         print(json.dumps(found))
     return 0
@@ -81,12 +89,24 @@ def play(pool: str, only: str | None, data: Path | None, weights: Path, out: Pat
         ]
         if code := subprocess.run(command, check=False).returncode:
             return code
-        target = HERE / pool / stage
-        target.mkdir(parents=True, exist_ok=True)
-        for name in KEPT:
-            if (out / name).exists():
-                shutil.copyfile(out / name, target / name)
+        keep(out, HERE / pool / stage)
     return 0
+
+
+def keep(out: Path, target: Path) -> None:
+    """What a simulation found, without the paths of the machine it was played on."""
+    results = json.loads((out / "results.json").read_text(encoding="utf-8"))
+    results["data"]["data"] = "/".join(Path(results["data"]["data"]).parts[-2:])
+    results["data"]["base_weights"] = Path(results["data"]["base_weights"]).name
+    words = [Path(word).name if word.startswith("/") else word for word in shlex.split(results["command"])]
+    results["command"] = shlex.join(
+        f"{word.split('=')[0]}={Path(word.split('=', 1)[1]).name}" if "=/" in word else word for word in words
+    )
+    target.mkdir(parents=True, exist_ok=True)
+    (target / "results.json").write_text(json.dumps(results, separators=(",", ":")) + "\n", encoding="utf-8")
+    for name in PICTURES:
+        if (out / name).exists():
+            shutil.copyfile(out / name, target / name)
 
 
 def _generated(folder: Path) -> Path:
@@ -141,6 +161,17 @@ def figures(results: Json) -> list[Json]:
             }
         )
     return rows
+
+
+def with_tables(text: str, found: Mapping[str, Sequence[Json]]) -> str:
+    """The text with the table of each pool and stage between `<!-- table: pool/stage -->` and `<!-- end -->`."""
+
+    def filled(match: re.Match[str]) -> str:
+        rows = found.get(match[1])
+        body = "\n".join(table(rows)) if rows else "Not played yet."
+        return f"<!-- table: {match[1]} -->\n{body}\n<!-- end -->"
+
+    return re.sub(r"<!-- table: (\S+) -->\n.*?<!-- end -->", filled, text, flags=re.DOTALL)
 
 
 def _heights(points: Sequence[Json]) -> list[float]:
