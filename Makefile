@@ -5,13 +5,14 @@ MAKEFLAGS += --no-print-directory
 RUN := scripts/py
 WITH_LABEL_STUDIO := python="$$(scripts/setup.sh label-studio)" && HARDFIRST_LABEL_STUDIO_PYTHON="$$python"
 
-.PHONY: help demo up test check lint bench screenshots label-studio-screenshots lock python
+.PHONY: help demo up newcomer test check lint bench screenshots label-studio-screenshots lock python
 
 help:
 	@echo "make demo    the whole loop on generated images, with a Label Studio and scripted annotators"
 	@echo "make up      hardfirst itself, for your Label Studio"
 	@echo "make test    everything that is tested: lint, types, real servers, browser, the demo"
 	@echo "make check   lint, types and the fast tests, in under two minutes"
+	@echo "make newcomer   follow the README from a clean clone, and fail where it is wrong (ARGS=--help)"
 	@echo "make bench   the benchmarks"
 	@echo "make screenshots   the README's pictures, of a generated project"
 	@echo "make label-studio-screenshots   those of docs/label-studio.md: a Label Studio, one round"
@@ -23,6 +24,9 @@ demo:
 
 up:
 	@$(RUN) -m backend.cli up
+
+newcomer:
+	@$(RUN) -m scripts.newcomer $(ARGS)
 
 test: lint
 	@scripts/chromium.sh

@@ -41,11 +41,12 @@ def run(request: Request) -> None:
     except KeyboardInterrupt:
         typer.echo("Stopped. What was uploaded stays: the same command goes on from there.", err=True)
         sys.exit(INTERRUPTED)
-    for line in summary(plan, outcome, settings.label_studio_url):
+    address = settings.url or f"http://localhost:{settings.port}"
+    for line in summary(plan, outcome, settings.label_studio_url, address):
         console.print(line, markup=False)
 
 
-def summary(plan: Plan, outcome: Outcome, label_studio_url: str) -> Iterator[str]:
+def summary(plan: Plan, outcome: Outcome, label_studio_url: str, address: str) -> Iterator[str]:
     """How many, how long, what was left out and why, where the report is, what to do next."""
     request = plan.request
     if request.dry_run:
@@ -69,8 +70,8 @@ def summary(plan: Plan, outcome: Outcome, label_studio_url: str) -> Iterator[str
     yield f"Report: {request.out / REPORT}"
     if outcome.project_id is not None and not request.dry_run:
         yield (
-            f"Next: {label_studio_url}/projects/{outcome.project_id}/settings/ml -> Connect Model, with hardfirst's "
-            "address; connected already, the next batch takes the new images in by itself."
+            f"Next: {label_studio_url}/projects/{outcome.project_id}/settings/ml -> Connect Model, Backend URL "
+            f"{address}; connected already, the next batch takes the new images in by itself."
         )
 
 

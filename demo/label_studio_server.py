@@ -222,18 +222,26 @@ def create_annotator(base_url: str, admin_token: str, email: str, password: str)
         invitation = client.get("/api/invite", headers={"Authorization": f"Token {admin_token}"})
         _expect_ok(invitation, "no invitation")
         signup_path = invitation.json()["invite_url"]
-        _expect_ok(client.get(signup_path), "no sign-up page")
-        form = {"email": email, "password": password, "csrfmiddlewaretoken": client.cookies["csrftoken"]}
-        signed_up = client.post(signup_path, data=form, headers={"Referer": base_url})
-        _expect_ok(signed_up, "sign-up failed")
+        sign_up(client, signup_path, email, password)
         answer = client.get("/api/current-user/token")
-        if answer.status_code != 200:  # not logged in: the form came back, with what it did not like
-            lists = re.findall(r'<ul class="field_errors">(.*?)</ul>', signed_up.text, re.DOTALL)
-            reasons = re.findall(r"<li>\s*(.*?)\s*</li>", " ".join(lists), re.DOTALL)
-            raise LabelStudioRefused(
-                f"Label Studio did not sign up {email}: {'; '.join(reasons) or 'it gave no reason'}"
-            )
+        _expect_ok(answer, "no token")
         return str(answer.json()["token"])
+
+
+def sign_up(client: httpx.Client, signup_path: str, email: str, password: str) -> None:
+    """Fill in the form as a person does; `client`, which must follow redirects, is logged in then, by its cookies.
+
+    Raises:
+        LabelStudioRefused: Label Studio did not accept it (an address in use, a password under 8 characters).
+    """
+    _expect_ok(client.get(signup_path), "no sign-up page")
+    form = {"email": email, "password": password, "csrfmiddlewaretoken": client.cookies["csrftoken"]}
+    signed_up = client.post(signup_path, data=form, headers={"Referer": str(client.base_url)})
+    _expect_ok(signed_up, "sign-up failed")
+    if client.get("/api/current-user/whoami").status_code != 200:  # the form came back, with what it did not like
+        lists = re.findall(r'<ul class="field_errors">(.*?)</ul>', signed_up.text, re.DOTALL)
+        reasons = re.findall(r"<li>\s*(.*?)\s*</li>", " ".join(lists), re.DOTALL)
+        raise LabelStudioRefused(f"Label Studio did not sign up {email}: {'; '.join(reasons) or 'it gave no reason'}")
 
 
 def _expect_ok(answer: httpx.Response, what: str) -> None:

@@ -13,7 +13,7 @@ from sqlalchemy import Connection, Row, func, select, update
 
 from worker import steps
 from worker.boxes import LabelMap
-from worker.errors import NothingToLabel
+from worker.errors import LabelMismatch, NothingToLabel
 from worker.label_studio import is_our_version
 from worker.scoring import plan_scoring
 from worker.services import Services
@@ -119,6 +119,17 @@ class _Weights:
     notice: str | None
 
 
+def _expect_known_labels(label_map: LabelMap, names: Mapping[int, str]) -> None:
+    """Somebody's own detector that knows none of the labels is a mistake, unless it is only something to start from."""
+    try:
+        label_map.classes_for(names)
+    except LabelMismatch as error:
+        raise LabelMismatch(
+            f"{error} If it is only to be trained on from, not to draw boxes yet: leave `weights` empty, and name the "
+            "file in HARDFIRST_WEIGHTS."
+        ) from error
+
+
 def _embedding_weights(work: Work, label_map: LabelMap) -> _Weights:
     """The pretrained detector, kept as an artifact so that all workers use the same; else the descriptor."""
     from worker.descriptor import DESCRIPTOR_NAME
@@ -138,6 +149,6 @@ def _embedding_weights(work: Work, label_map: LabelMap) -> _Weights:
     digest = own.artifacts.put(key, Path(base.path).read_bytes())
     detector = Detector.load(own.artifacts.local(key, digest), own.settings.device, expected_sha256=digest)
     if settings.weights and not is_published_name(settings.weights):
-        label_map.classes_for(detector.names)  # somebody's own detector that knows none of the labels is a mistake
+        _expect_known_labels(label_map, detector.names)
     notice = None if label_map.maps_any(detector.names) else "Draws no boxes yet: it learns after the first batch."
     return _Weights({"weights": key, "weights_sha256": digest, "embedder": Path(base.path).name}, notice)
