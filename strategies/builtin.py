@@ -17,6 +17,7 @@ before it: the batch gets utilities falling from 1 to above 0.5, all other rows 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -37,6 +38,7 @@ from strategies.late import REST, far_from
 from strategies.options import validate_options
 from strategies.pool import Pool, Selection
 from strategies.uncertainty import scaled, uncertainty_scale
+from strategies.whitening import fit_whitening
 
 Vector = NDArray[np.float64]
 Options = Mapping[str, object] | None
@@ -111,6 +113,7 @@ def k_center(pool: Pool, batch_size: int, rng: np.random.Generator, options: Opt
     largest finite one. late: "anchors" (labelled and taken embeddings), "distance_high".
     """
     settings = _settings("k_center", batch_size, rng, options)
+    pool, whitening = _space(pool, settings)
     walk = walk_k_center(
         pool.embeddings, batch_size, pool.labelled_embeddings, *_duplicates(pool, settings["suppress_duplicates"])
     )
@@ -119,7 +122,7 @@ def k_center(pool: Pool, batch_size: int, rng: np.random.Generator, options: Opt
     high = float(finite[-1]) if len(finite) else float(rest.max(initial=0.0))
     before = walk.distances.copy()
     before[walk.positions] = walk.pick_distances
-    late: Late = {"anchors": _anchors(pool, walk.positions), "distance_high": high}
+    late: Late = {"anchors": _anchors(pool, walk.positions), "distance_high": high, **whitening}
     utilities = _walk_utilities(walk.positions, far_from(walk.distances, high))
     largest = float(before[np.isfinite(before)].max(initial=0.0))
     return Selection(walk.positions, utilities, {"diversity": far_from(before, largest)}, late)
@@ -143,18 +146,20 @@ def hybrid_k_center(pool: Pool, batch_size: int, rng: np.random.Generator, optio
     batch: half of that sum. parts and late as in `k_center`, and "uncertainty" and "uncertainty_scale".
     """
     settings = _settings("hybrid_k_center", batch_size, rng, options)
-    alpha, beta = settings["alpha"], settings["beta"]
+    pool, whitening = _space(pool, settings)
+    weights = (settings["alpha"], settings["beta"], settings["mix"])
     uncertainty, scale = _uncertainty(pool, settings["measure"])
     duplicates = _duplicates(pool, settings["suppress_duplicates"])
-    mixture = Mixture(uncertainty, alpha, beta)
+    mixture = Mixture(uncertainty, *weights)
     walk = walk_k_center(pool.embeddings, batch_size, pool.labelled_embeddings, *duplicates, mixture)
     diversity = far_from(walk.distances, walk.high)
-    rest = hybrid_utility(uncertainty, diversity, alpha, beta)
+    rest = hybrid_utility(uncertainty, diversity, *weights)
     diversity[walk.positions] = far_from(walk.pick_distances, walk.high)
     late: Late = {
         "anchors": _anchors(pool, walk.positions),
         "distance_high": walk.high,
         "uncertainty_scale": scale,
+        **whitening,
     }
     parts = {"uncertainty": uncertainty, "diversity": diversity}
     return Selection(walk.positions, _walk_utilities(walk.positions, rest), parts, late)
@@ -175,6 +180,20 @@ def _settings(name: str, batch_size: int, rng: np.random.Generator, options: Opt
         raise InputInvalid(f"rng must be a numpy Generator, such as numpy.random.default_rng(42); got {rng!r}.")
     as_count(batch_size, "batch_size")
     return validate_options(name, options)
+
+
+def _space(pool: Pool, settings: Mapping[str, Any]) -> tuple[Pool, Late]:
+    """The pool with the embeddings in which distances are measured, and what late images need to get there.
+
+    Learned from all images of the project, labelled ones too: a pool that shrinks must not change what is near.
+    """
+    if not settings["whiten"] or not len(pool):
+        return pool, {}
+    fit = fit_whitening(np.concatenate([pool.embeddings, pool.labelled_embeddings]))
+    moved = replace(
+        pool, embeddings=fit.apply(pool.embeddings), labelled_embeddings=fit.apply(pool.labelled_embeddings)
+    )
+    return moved, {"whitening_mean": fit.mean, "whitening_matrix": fit.matrix}
 
 
 def _duplicates(pool: Pool, suppress: bool) -> tuple[Integers | None, Booleans | None]:
@@ -221,6 +240,7 @@ def _by_uncertainty(
 def _covering(
     pool: Pool, batch_size: int, rng: np.random.Generator, settings: Mapping[str, Any], measure: str | None
 ) -> Selection:
+    pool, whitening = _space(pool, settings)
     uncertainty, scale = (None, 1.0) if measure is None else _uncertainty(pool, measure)
     walk = walk_coverage(
         pool.embeddings,
@@ -232,7 +252,7 @@ def _covering(
         seed=int(rng.integers(2**32)),
     )
     anchors = _anchors(pool, walk.positions)
-    late: Late = {"anchors": anchors, "bandwidth": walk.bandwidth}
+    late: Late = {"anchors": anchors, "bandwidth": walk.bandwidth, **whitening}
     left = 1 - best_kernel(pool.embeddings, anchors, walk.bandwidth)
     diversity = left.copy()
     diversity[walk.positions] = _left_before(pool, walk.positions, walk.bandwidth)

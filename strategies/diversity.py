@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from strategies.arrays import Booleans, Floats, Integers, as_count, as_embeddings, as_groups, as_mask, as_vector
+from strategies.mixing import mixed
 
 Vector = NDArray[np.float64]
 
@@ -177,21 +178,21 @@ class KCenterWalk:
 
 @dataclass(frozen=True, eq=False)
 class Mixture:
-    """What a walk maximises in place of the distance alone: alpha * uncertainty + beta * distance / high.
+    """What a walk maximises in place of the distance alone: uncertainty and distance / high, mixed (see `mixing`).
 
-    uncertainty (N,) in [0, 1]; alpha, beta >= 0.
+    uncertainty (N,) in [0, 1]; alpha, beta >= 0; mix: a name in MIXES.
     """
 
     uncertainty: Vector
     alpha: float
     beta: float
+    mix: str = "sum"
 
     def of(self, squares: Vector | Floats, high: float) -> Vector:
         """(N,) squared distances -> (N,) in [0, alpha + beta]; an infinite distance counts as `high`."""
         distances = np.sqrt(squares, dtype=np.float64)
         share = np.where(np.isinf(distances), 1.0, np.minimum(distances / high, 1.0) if high > 0 else 0.0)
-        result: Vector = self.alpha * self.uncertainty + self.beta * share
-        return result
+        return mixed(self.uncertainty, share, self.alpha, self.beta, self.mix)
 
 
 def walk_k_center(

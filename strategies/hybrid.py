@@ -10,25 +10,30 @@ from numpy.typing import ArrayLike, NDArray
 from strategies.arrays import Booleans, Integers, as_count, as_groups, as_mask, as_vector
 from strategies.diversity import closed_rows
 from strategies.errors import InputInvalid
+from strategies.mixing import MIXES, mixed
+from strategies.uncertainty import check_choice
 
 Vector = NDArray[np.float64]
 
 
-def hybrid_utility(uncertainty: ArrayLike, diversity: ArrayLike, alpha: float = 0.7, beta: float = 0.3) -> Vector:
-    """alpha * uncertainty + beta * diversity, divided by alpha + beta where that exceeds 1.
+def hybrid_utility(
+    uncertainty: ArrayLike, diversity: ArrayLike, alpha: float = 0.7, beta: float = 0.3, mix: str = "sum"
+) -> Vector:
+    """alpha * uncertainty + beta * diversity, divided by alpha + beta where that exceeds 1; or their product of powers.
 
     The division keeps the result in [0, 1] and the ranking as it was; up to 1 the sum is returned as it is.
 
-    Args: uncertainty, diversity (N,) in [0, 1]; alpha, beta finite and >= 0.
+    Args: uncertainty, diversity (N,) in [0, 1]; alpha, beta finite and >= 0; mix: a name in MIXES.
     Returns: (N,) in [0, 1], high = label sooner.
-    Raises: InputInvalid for NaN, unequal lengths or values out of range.
+    Raises: InputInvalid for NaN, unequal lengths, values out of range or an unknown mix.
     """
+    check_choice(mix, MIXES, "mix")
     if not (math.isfinite(alpha) and math.isfinite(beta) and min(alpha, beta) >= 0):
         raise InputInvalid(f"alpha and beta must be finite and at least 0, got {alpha!r} and {beta!r}.")
     first = as_vector(uncertainty, "uncertainty", None, 0.0, 1.0)
     second = as_vector(diversity, "diversity", len(first), 0.0, 1.0)
-    utility: Vector = (alpha * first + beta * second) / max(1.0, alpha + beta)
-    return np.minimum(utility, 1.0)
+    most = max(1.0, alpha + beta) if mix == "sum" else 1.0
+    return np.minimum(mixed(first, second, alpha, beta, mix) / most, 1.0)
 
 
 def select_batch(

@@ -21,6 +21,7 @@ from strategies.errors import InputInvalid
 from strategies.hybrid import hybrid_utility
 from strategies.options import check_name, validate_options
 from strategies.uncertainty import scaled
+from strategies.whitening import Whitening
 
 Vector = NDArray[np.float64]
 
@@ -37,6 +38,8 @@ class LateImages:
         self._late = late
         self._uncertainty = uncertainty
         self.embeddings: Floats = as_embeddings(embeddings).astype(np.float32, copy=False)
+        if "whitening_matrix" in late and len(self.embeddings):
+            self.embeddings = Whitening(late["whitening_mean"], late["whitening_matrix"]).apply(self.embeddings)
 
     def number(self, name: str) -> float:
         return float(as_vector([self._kept(name)], f"late[{name!r}]", 1)[0])
@@ -122,7 +125,7 @@ def _committee(images: LateImages, settings: Mapping[str, Any]) -> Vector:
 
 def _hybrid_k_center(images: LateImages, settings: Mapping[str, Any]) -> Vector:
     uncertainty = images.uncertainty(settings["measure"])
-    return REST * hybrid_utility(uncertainty, _far(images), settings["alpha"], settings["beta"])
+    return REST * hybrid_utility(uncertainty, _far(images), settings["alpha"], settings["beta"], settings["mix"])
 
 
 def _k_center(images: LateImages, settings: Mapping[str, Any]) -> Vector:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from strategies.errors import OptionsInvalid, StrategyUnknown, nearest_name
+from strategies.mixing import MIXES
 from strategies.uncertainty import MEASURES
 
 Value = bool | int | float | str
@@ -70,6 +71,14 @@ _MAX_REFERENCES = Option("max_references", 20_000, "images that have to be cover
 _ALPHA = Option("alpha", 0.7, "weight of the uncertainty", 0.0, 1.0)
 _ALPHA_OF_DISAGREEMENT = Option("alpha", 0.7, "weight of the committee's disagreement", 0.0, 1.0)
 _BETA = Option("beta", 0.3, "weight of the diversity", 0.0, 1.0)
+_MIX = Option(
+    "mix",
+    "sum",
+    "sum: alpha * uncertainty + beta * diversity; product: uncertainty^alpha * diversity^beta, so that neither makes up "
+    "for the lack of the other",
+    choices=MIXES,
+)
+_WHITEN = Option("whiten", False, "measure distances in whitened embeddings, in which bursts stand out")
 
 OPTIONS: Mapping[str, tuple[Option, ...]] = MappingProxyType(
     {
@@ -78,11 +87,11 @@ OPTIONS: Mapping[str, tuple[Option, ...]] = MappingProxyType(
         "margin": (_KEEP_DUPLICATES,),
         "entropy": (_KEEP_DUPLICATES,),
         "kmeans": (_N_CLUSTERS, _KEEP_DUPLICATES),
-        "k_center": (_KEEP_DUPLICATES,),
-        "coverage": (_MAX_REFERENCES, _KEEP_DUPLICATES),
+        "k_center": (_WHITEN, _KEEP_DUPLICATES),
+        "coverage": (_WHITEN, _MAX_REFERENCES, _KEEP_DUPLICATES),
         "hybrid": (_ALPHA, _BETA, _MEASURE, _N_CLUSTERS, _SUPPRESS_DUPLICATES),
-        "hybrid_k_center": (_ALPHA, _BETA, _MEASURE, _SUPPRESS_DUPLICATES),
-        "hybrid_coverage": (_MEASURE, _MAX_REFERENCES, _SUPPRESS_DUPLICATES),
+        "hybrid_k_center": (_ALPHA, _BETA, _MIX, _MEASURE, _WHITEN, _SUPPRESS_DUPLICATES),
+        "hybrid_coverage": (_MEASURE, _WHITEN, _MAX_REFERENCES, _SUPPRESS_DUPLICATES),
         "committee": (_ALPHA_OF_DISAGREEMENT, _BETA, _N_CLUSTERS, _SUPPRESS_DUPLICATES),
     }
 )
