@@ -189,7 +189,7 @@ def _space(pool: Pool, settings: Mapping[str, Any]) -> tuple[Pool, Late]:
     """
     if not settings["whiten"] or not len(pool):
         return pool, {}
-    fit = fit_whitening(np.concatenate([pool.embeddings, pool.labelled_embeddings]))
+    fit = fit_whitening(pool.embeddings, pool.labelled_embeddings)
     moved = replace(
         pool, embeddings=fit.apply(pool.embeddings), labelled_embeddings=fit.apply(pool.labelled_embeddings)
     )

@@ -121,7 +121,7 @@ def _nearest_squares(points: Floats, others: Floats, *, unit: bool = False) -> V
     work = _Arithmetic(points, others, unit=unit)
     targets = work(others)
     squares = _squares(targets)
-    for rows in _blocks(len(points), max(len(others), points.shape[1])):
+    for rows in blocks(len(points), max(len(others), points.shape[1])):
         part = work(points[rows])
         distances = part @ targets.T
         distances *= -2
@@ -248,7 +248,7 @@ def _products(rows: Floats, chosen: Integers | slice, centre: Floats) -> Floats:
     if isinstance(chosen, slice):
         return rows[chosen] @ centre
     products: Floats = np.empty(len(chosen), rows.dtype)
-    for part in _blocks(len(chosen), rows.shape[1]):
+    for part in blocks(len(chosen), rows.shape[1]):
         products[part] = rows[chosen[part]] @ centre
     return products
 
@@ -292,7 +292,7 @@ def walk_coverage(
     references = _references(weights, as_count(max_references, "max_references"), seed)
     bandwidth = coverage_bandwidth(anchors)
     reach = np.empty(len(references))
-    for some in _blocks(len(references), points.shape[1] if len(points) else 1):  # not all at once: memory
+    for some in blocks(len(references), points.shape[1] if len(points) else 1):  # not all at once: memory
         reach[some] = _nearest_squares(points[references[some]], anchors, unit=True)
     gains = _LazyGains(_Kernel(points, references, bandwidth), weights[references], reach)
     positions = np.zeros(picks, dtype=np.int64)
@@ -350,7 +350,7 @@ def coverage_bandwidth(labelled: ArrayLike) -> float:
 def _distances_to_next(points: Floats) -> Vector:
     nearest = np.zeros(len(points), dtype=np.int64)
     squares = _squares(points)
-    for rows in _blocks(len(points), len(points)):
+    for rows in blocks(len(points), len(points)):
         distances = squares - 2 * (points[rows] @ points.T)  # + |x|^2, the same along a row
         distances[np.arange(len(distances)), np.arange(len(points))[rows]] = np.inf  # nobody is its own neighbour
         nearest[rows] = distances.argmin(axis=1)
@@ -393,7 +393,7 @@ class _Kernel:
     def hold(self) -> None:
         """Keep all references ready from now on: for walks that need most of them again and again."""
         held: Floats = np.empty((self.width, self.columns), self.dtype)
-        for columns in _blocks(self.width, self.columns):
+        for columns in blocks(self.width, self.columns):
             held[columns] = self.right(columns)
         self._held = held
 
@@ -424,7 +424,7 @@ class _Kernel:
     def of_pairs(self, left: Floats, right: Floats, first: Integers, second: Integers) -> Floats:
         """(n,) of the rows `first` of left and `second` of right."""
         exponents: Floats = np.empty(len(first), self.dtype)
-        for some in _blocks(len(first), 8 * self.columns):  # eighths of a block: both copies stay in the cache
+        for some in blocks(len(first), 8 * self.columns):  # eighths of a block: both copies stay in the cache
             exponents[some] = np.einsum("ij,ij->i", left[first[some]], right[second[some]])
         return _kernel_of(exponents)
 
@@ -496,7 +496,7 @@ class _LazyGains:
         self._bounds = np.zeros(kernel.size)
         self._fresh = np.ones(kernel.size, dtype=np.bool_)
         self._pairs = _Pairs(kernel)
-        for rows in _blocks(kernel.size, _BLOCK // _Pairs._ROWS):
+        for rows in blocks(kernel.size, _BLOCK // _Pairs._ROWS):
             self._start(rows)
 
     def best(self, allowed: Booleans) -> tuple[int, float]:
@@ -524,7 +524,7 @@ class _LazyGains:
         left = self._kernel.left(row)[0]
         near = self._kernel.closer(row, slice(0, self._kernel.width), self._reach)
         every: Integers = np.arange(self._kernel.width, dtype=np.int64) if near is None else near[1]
-        for some in _blocks(len(every), self._kernel.columns):
+        for some in blocks(len(every), self._kernel.columns):
             columns = every[some]
             exponents = np.minimum(self._kernel.right(columns) @ left, 0)
             self._reach[columns] = np.minimum(self._reach[columns], -exponents / self._kernel.scale)
@@ -539,9 +539,9 @@ class _LazyGains:
         """The first bounds of some thousand rows, and their pairs."""
         left = self._kernel.left(rows)
         found: list[tuple[Integers, Integers, Floats]] = []
-        for columns in _blocks(self._kernel.width, _BLOCK // self._TILE):
+        for columns in blocks(self._kernel.width, _BLOCK // self._TILE):
             right = self._kernel.right(columns)
-            for part in _blocks(len(left), _BLOCK // self._TILE_ROWS):
+            for part in blocks(len(left), _BLOCK // self._TILE_ROWS):
                 some = slice(rows.start + part.start, rows.start + part.stop)
                 near = self._kernel.closer(some, columns, self._reach)
                 if near is None:
@@ -571,7 +571,7 @@ class _LazyGains:
             return self._added_by(len(positions), *self._pairs.of(positions))
         left = self._kernel.left(positions)
         gains = np.zeros(len(positions))
-        for columns in _blocks(self._kernel.width, _BLOCK // self._TILE):
+        for columns in blocks(self._kernel.width, _BLOCK // self._TILE):
             near = self._kernel.closer(positions, columns, self._reach)
             right = self._kernel.right(columns)
             if near is None:
@@ -633,7 +633,7 @@ def near_duplicates_of_labelled(embeddings: ArrayLike, labelled: ArrayLike, thre
         return result
     work = _Arithmetic(points, others, unit=True, centre=False)
     targets = work(others).T
-    for rows in _blocks(len(points), max(len(others), points.shape[1])):
+    for rows in blocks(len(points), max(len(others), points.shape[1])):
         result[rows] = (work(points[rows]) @ targets > limit).any(axis=1)
     return result
 
@@ -656,7 +656,7 @@ class _Sketch:
         self.rows = np.empty((len(points), directions.shape[1] + 1), np.float32)
         self.squares = np.empty(len(points), np.float32)
         del sample
-        for rows in _blocks(len(points), 4 * max(points.shape[1], 1)):
+        for rows in blocks(len(points), 4 * max(points.shape[1], 1)):
             part = work(points[rows])
             along = part @ directions
             squares = self.squares[rows] = _squares(part)
@@ -712,7 +712,7 @@ def _confirmed(
     points: Floats, work: _Arithmetic, first: Integers, second: Integers, limit: float
 ) -> tuple[Integers, Integers]:
     close = np.zeros(len(first), dtype=np.bool_)
-    for pairs in _blocks(len(first), points.shape[1]):
+    for pairs in blocks(len(first), points.shape[1]):
         cosines = np.einsum("ij,ij->i", work(points[first[pairs]]), work(points[second[pairs]]))
         close[pairs] = cosines > limit
     return first[close], second[close]
@@ -782,7 +782,7 @@ class _Arithmetic:
     def squares(self, rows: Floats) -> Floats:
         """(N, D) -> (N,) squared lengths."""
         result: Floats = np.empty(len(rows), self.dtype)
-        for some in _blocks(len(rows), rows.shape[1] if len(rows) else 1):
+        for some in blocks(len(rows), rows.shape[1] if len(rows) else 1):
             result[some] = _squares(self(rows[some]))
         return result
 
@@ -797,6 +797,7 @@ def _squares(matrix: Floats) -> Floats:
     return result
 
 
-def _blocks(rows: int, width: int) -> Iterator[slice]:
+def blocks(rows: int, width: int) -> Iterator[slice]:
+    """Slices of a matrix that has `width` numbers in a row, each small enough for a core's cache."""
     step = max(1, _BLOCK // max(width, 1))
     return (slice(start, min(start + step, rows)) for start in range(0, rows, step))

@@ -74,7 +74,7 @@ _BETA = Option("beta", 0.3, "weight of the diversity", 0.0, 1.0)
 _MIX = Option(
     "mix",
     "sum",
-    "sum: alpha * uncertainty + beta * diversity; product: uncertainty^alpha * diversity^beta, so that neither makes up "
+    "sum: alpha * uncertainty + beta * diversity; product: uncertainty^alpha * diversity^beta, where neither makes up "
     "for the lack of the other",
     choices=MIXES,
 )

@@ -14,11 +14,13 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from strategies.arrays import Floats, as_embeddings
-from strategies.diversity import unit_rows
+from strategies.diversity import blocks, unit_rows
 
 # Of the mean variance of an axis, added to each: axes that hold nothing but rounding must not be blown up. On 1,248
 # video frames the nearest neighbour was of the same burst for .992 to .998 of the images at .1, .988 to .992 at 1.
 RIDGE = 0.1
+# Variance below this share of the embeddings' own squares is float32's rounding, not spread.
+_NO_SPREAD = 1e-13
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,24 +35,39 @@ class Whitening:
 
         Raises: InputInvalid for NaN, a wrong shape or width.
         """
-        points = as_embeddings(embeddings, width=len(self.mean)).astype(np.float32, copy=False)
-        return unit_rows((points - self.mean) @ self.matrix)
+        points = as_embeddings(embeddings, width=len(self.mean))
+        result: Floats = np.empty(points.shape, np.float32)
+        for rows in blocks(len(points), points.shape[1]):  # a second copy of a large pool is memory enough
+            result[rows] = unit_rows((points[rows].astype(np.float32) - self.mean) @ self.matrix)
+        return result
 
 
-def fit_whitening(embeddings: ArrayLike) -> Whitening:
-    """Learned from (N, D): the inverse square root of the covariance, RIDGE times the mean variance on its diagonal.
+def fit_whitening(*embeddings: ArrayLike) -> Whitening:
+    """Learned from the rows of all (N, D): the inverse root of the covariance, with a ridge of RIDGE on its diagonal.
 
-    Symmetric (ZCA), so that it does not depend on the signs and order of the axes. No spread, or no rows: the identity.
-    Raises: InputInvalid for NaN or a wrong shape.
+    Symmetric (ZCA), so that it does not depend on the signs and order of the axes. No spread, or no rows: zeros, and so
+    all images are alike.
+    Raises: InputInvalid for NaN or wrong shapes.
     """
-    points = as_embeddings(embeddings)
-    width = points.shape[1]
-    mean = points.mean(axis=0, dtype=np.float64) if len(points) else np.zeros(width)
-    centred = points - mean.astype(np.float32)
-    covariance = (centred.T @ centred).astype(np.float64) / max(len(points), 1)
+    parts = [part for part in (as_embeddings(one) for one in embeddings) if len(part)]
+    if not parts:
+        return Whitening(np.zeros(0, np.float32), np.zeros((0, 0), np.float32))
+    count = sum(len(part) for part in parts)
+    mean = sum((part.sum(axis=0, dtype=np.float64) for part in parts), np.zeros(parts[0].shape[1])) / count
+    covariance = sum((_scatter(part, mean) for part in parts), np.zeros((len(mean), len(mean)))) / count
     variances, axes = np.linalg.eigh(covariance)
-    ridge = RIDGE * float(variances.clip(0).mean()) if width else 0.0
-    if ridge <= 0:
-        return Whitening(mean.astype(np.float32), np.eye(width, dtype=np.float32))
-    matrix = (axes / np.sqrt(variances.clip(0) + ridge)) @ axes.T
+    variances = variances.clip(0)
+    ridge = RIDGE * float(variances.mean())
+    if ridge <= _NO_SPREAD * max(1.0, float(np.square(mean).mean())):
+        return Whitening(mean.astype(np.float32), np.zeros((len(mean), len(mean)), np.float32))
+    matrix = (axes / np.sqrt(variances + ridge)) @ axes.T
     return Whitening(mean.astype(np.float32), matrix.astype(np.float32))
+
+
+def _scatter(points: Floats, mean: Floats) -> Floats:
+    """(D, D) sum over rows of (x - mean)(x - mean)^T."""
+    total = np.zeros((len(mean), len(mean)))
+    for rows in blocks(len(points), points.shape[1]):
+        centred = (points[rows] - mean).astype(np.float32)
+        total += centred.T @ centred
+    return total

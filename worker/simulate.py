@@ -165,7 +165,14 @@ class Bench:
         oracle.label(self._seed_set(seed))
         return Training(self, oracle.labelled, settings, 0, None).key
 
-    def _round(self, step: Step, may_work: bool) -> dict[str, Any] | None:
+    def at(self, step: Step) -> tuple[Training, Choice, Oracle] | None:
+        """The training of a round, what its arm chooses after it, and what is labelled by then; None: the rounds before
+        are not done. Nothing is computed but what names their files."""
+        found = self._at(step)
+        return None if found is None else found[:3]
+
+    def _at(self, step: Step) -> tuple[Training, Choice, Oracle, Training | None] | None:
+        """As `at`, and the training before it."""
         arm, oracle = self.arms[step.arm], Oracle(self.world)
         settings = self.plan.settings(arm, step.seed)
         oracle.label(self._seed_set(step.seed))
@@ -180,6 +187,13 @@ class Bench:
                 return None
             oracle.label(chosen["task_ids"])
             before = training
+        return training, choice, oracle, before
+
+    def _round(self, step: Step, may_work: bool) -> dict[str, Any] | None:
+        found = self._at(step)
+        if found is None:
+            return None
+        training, choice, oracle, before = found
         if not may_work:
             return self._record(step, training, choice, oracle)
         with _locked(self.cache / "locks" / training.key):
@@ -490,7 +504,7 @@ class Choice:
             ]
             measures, embeddings, votes = [], [], []
             for done, looks in enumerate(zip(*streams, strict=True), start=1):
-                seen = [_usable(look) for look in looks]
+                seen = [usable(look) for look in looks]
                 measures.append(measures_of(seen[0], settings, weights))
                 embeddings.append(seen[0].embedding)
                 if len(seen) > 1:
@@ -516,7 +530,8 @@ def _tied(parts: Mapping[int, Mapping[str, float]]) -> int | None:
     return int((values >= values.max() - 1e-9).sum()) if len(values) else None
 
 
-def _usable(look: ImageScore | ImageUnusable) -> ImageScore:
+def usable(look: ImageScore | ImageUnusable) -> ImageScore:
+    """The score; every image of a world was looked at when it was read, so one that cannot be scored is raised."""
     if isinstance(look, ImageUnusable):
         raise look
     return look

@@ -159,14 +159,15 @@ def _batch(world: World, labelled: Sequence[int], before: Json | None, rare: Seq
 # --- comparisons ----------------------------------------------------------------------------------------------------
 
 
-def compare(results: Json, arrays: Callable[[str], EvaluationArrays]) -> Json:
+def compare(results: Json, arrays: Callable[[str], EvaluationArrays] | None) -> Json:
     """Curves, areas, paired differences and labels saved.
 
-    Args: arrays: evaluation key -> what it kept of each image.
+    Args: arrays: evaluation key -> what it kept of each image; None: it is gone, and no interval over the holdout's
+        images can be given.
     """
     labels = [arm["label"] for arm in results["arms"]]
     baseline = "random" if "random" in labels else labels[0]
-    samples = _samples(results, arrays)
+    samples = {} if arrays is None else _samples(results, arrays)
     return {
         "baseline": baseline,
         "noise_arm": noise_arm(results["arms"], baseline),

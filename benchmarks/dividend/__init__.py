@@ -1,7 +1,8 @@
 """Does it pay? Strategies against random sampling on two labelled pools, by `hardfirst simulate` itself.
 
-Without `--play` the tables of the results that are kept here, next to this file; with it, an experiment is played
-(hours; stopped, the same command goes on) and its results are kept. README.md has the figures and what they mean.
+Without `--play` the tables of the results that are kept here, next to this file; with it, arms are played (hours;
+stopped, the same command goes on) and added to what is kept: other arms and seeds may be played later, or on another
+machine. README.md has the figures and what they mean.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ import argparse
 import json
 import re
 import shlex
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,11 +18,16 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from worker.arms import parse_arms
+from worker.errors import BadRequest
+from worker.simulation_report import draw
+from worker.simulation_results import compare
+
 HERE = Path(__file__).resolve().parent
 README = HERE / "README.md"
-PICTURES = ("curves.png", "rare.png")
+PICTURES = ("curves", "rare")
 DEFAULT = "hybrid"  # what a project gets that sets nothing
-LEADERS = "random,random@2,hybrid,hybrid_k_center,k_center,hybrid_coverage"
+LEADERS = f"random,random@2,{DEFAULT},hybrid_k_center,k_center,hybrid_coverage"
 EVERY = f"{LEADERS},least_confidence,margin,entropy,kmeans,coverage,committee:committee_size=3"
 ONE, THREE, SIX = "0", "0,1,2", "0,1,2,3,4,5"
 
@@ -37,7 +42,7 @@ POOLS: Mapping[str, tuple[str, ...]] = MappingProxyType(
         ),
     }
 )
-# Stage -> arms and seeds. The winner of the first two is proven on seeds that had no part in picking it.
+# Stage -> arms and seeds. A table each.
 STAGES: Mapping[str, tuple[str, str]] = MappingProxyType(
     {
         "strategies": (EVERY, ONE),
@@ -45,6 +50,7 @@ STAGES: Mapping[str, tuple[str, str]] = MappingProxyType(
         "winner": (f"random,random@2,{DEFAULT}", SIX),
     }
 )
+PICTURED = "leaders"
 FACTORY_IMAGES = 4000
 
 
@@ -52,24 +58,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="benchmarks.dividend", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--play", choices=tuple(POOLS), help="play this pool's simulations instead of showing tables")
     parser.add_argument("--stage", choices=tuple(STAGES), help="of the pool; default: all, one after the other")
+    parser.add_argument("--arms", help="play these instead of a stage's, as `simulate --strategies` takes them")
+    parser.add_argument("--seeds", help="play these instead of a stage's: 0,1,2")
     parser.add_argument("--data", type=Path, help="data.yaml of the pool; factory: generated below --out")
     parser.add_argument("--weights", type=Path, help="base weights: a detector with a pretrained backbone")
     parser.add_argument("--out", type=Path, help="folder of the simulation and its cache")
     parser.add_argument("--jobs", type=int, default=2, help="trainings at a time, one thread each (%(default)s)")
-    parser.add_argument("--write", action="store_true", help="put the tables into README.md beside this file")
+    parser.add_argument("--write", action="store_true", help="tables and pictures into this folder, of what is kept")
     parser.add_argument("--quick", action="store_true", help="nothing: as the other benchmarks")
     parser.add_argument("--json", action="store_true", help="end with one JSON line: what the tables are made of")
     given = parser.parse_args(arguments)
     if given.play:
         if not given.weights or not given.out or (given.play != "factory" and not given.data):
             parser.error("--play needs --weights and --out, and --data unless the pool is generated")
-        return play(given.play, given.stage, given.data, given.weights, given.out, given.jobs)
-    found = {f"{pool}/{stage}": figures(results) for pool, stage, results in kept()}
+        return play(given)
+    found = {f"{pool}/{stage}": figures(results) for pool, stage, results in views()}
     for name, rows in found.items():
         print(f"\n{name}\n" + "\n".join(table(rows)))
     if given.write:
         text = README.read_text(encoding="utf-8")
         README.write_text(with_tables(text, found), encoding="utf-8")
+        for pool, stage, results in views():
+            if stage == PICTURED:
+                _write_pictures(HERE / pool, results)
     if given.json:
         print(json.dumps(found))
     return 0
@@ -78,35 +89,76 @@ def main(arguments: Sequence[str] | None = None) -> int:
 # --- playing --------------------------------------------------------------------------------------------------------
 
 
-def play(pool: str, only: str | None, data: Path | None, weights: Path, out: Path, jobs: int) -> int:
-    """Each stage by the command that a user would give; what is kept of it goes beside this file."""
-    data_yaml = data or _generated(out / "data")
-    for stage in [only] if only else list(STAGES):
-        strategies, seeds = STAGES[stage]
+def play(given: argparse.Namespace) -> int:
+    """Each stage by the command that a user would give; what it found is added to what is kept beside this file."""
+    data_yaml = given.data or _generated(given.out / "data")
+    for stage in [given.stage] if given.stage or given.arms or given.seeds else list(STAGES):
+        strategies, seeds = STAGES[stage or "strategies"]
         command = [
-            *(sys.executable, "-m", "backend.cli", "simulate", f"--data={data_yaml}", f"--weights={weights}"),
-            *(f"--out={out}", f"--strategies={strategies}", f"--seeds={seeds}", f"--jobs={jobs}", *POOLS[pool]),
+            *(sys.executable, "-m", "backend.cli", "simulate", f"--data={data_yaml}", f"--weights={given.weights}"),
+            *(f"--out={given.out}", f"--strategies={given.arms or strategies}", f"--seeds={given.seeds or seeds}"),
+            *(f"--jobs={given.jobs}", *POOLS[given.play]),
         ]
         if code := subprocess.run(command, check=False).returncode:
             return code
-        keep(out, HERE / pool / stage)
+        keep(given.out / "results.json", given.play)
     return 0
 
 
-def keep(out: Path, target: Path) -> None:
-    """What a simulation found, without the paths of the machine it was played on."""
-    results = json.loads((out / "results.json").read_text(encoding="utf-8"))
-    results["data"]["data"] = "/".join(Path(results["data"]["data"]).parts[-2:])
-    results["data"]["base_weights"] = Path(results["data"]["base_weights"]).name
-    words = [Path(word).name if word.startswith("/") else word for word in shlex.split(results["command"])]
-    results["command"] = shlex.join(
-        f"{word.split('=')[0]}={Path(word.split('=', 1)[1]).name}" if "=/" in word else word for word in words
-    )
-    target.mkdir(parents=True, exist_ok=True)
-    (target / "results.json").write_text(json.dumps(results, separators=(",", ":")) + "\n", encoding="utf-8")
-    for name in PICTURES:
-        if (out / name).exists():
-            shutil.copyfile(out / name, target / name)
+def keep(file: Path, pool: str) -> None:
+    """Add what a simulation found to what is kept of its pool, without the paths of the machine it was played on."""
+    target = HERE / pool / "results.json"
+    found = without_paths(json.loads(file.read_text(encoding="utf-8")))
+    if target.exists():
+        found = merged(json.loads(target.read_text(encoding="utf-8")), found)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text(json.dumps(found, separators=(",", ":")).replace('{"arm":', '\n{"arm":') + "\n", encoding="utf-8")
+
+
+def without_paths(results: Json) -> Json:
+    """What is kept of a results.json: all but the comparison, which is made anew from the runs that a table shows."""
+    kept = {name: results[name] for name in ("versions", "data", "settings", "arms", "runs")}
+    kept["data"] = {
+        **results["data"],
+        "data": "/".join(Path(results["data"]["data"]).parts[-2:]),
+        "base_weights": Path(results["data"]["base_weights"]).name,
+    }
+    kept["commands"] = [shlex.join(map(_without_folder, shlex.split(results["command"])))]
+    return kept
+
+
+def _without_folder(word: str) -> str:
+    """`/home/me/x` and `--data=/home/me/x` -> `x`, `--data=x`."""
+    name, equals, value = word.rpartition("=")
+    return f"{name}{equals}{Path(value).name}" if value.startswith("/") else word
+
+
+def merged(old: Json, new: Json) -> Json:
+    """Runs of both; of an arm and seed that both have, the one with more rounds, and of equal ones the new one.
+
+    Raises: BadRequest: they were not played on the same data, or an arm not with the same settings.
+    """
+    ours, theirs = ({**results["data"], "seeds": None} for results in (old, new))
+    if ours != theirs:
+        differing = sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
+        raise BadRequest(f"what is kept was played with other {', '.join(differing)}: move it away, or play as it was")
+    for label in old["settings"].keys() & new["settings"].keys():
+        if old["settings"][label] != new["settings"][label]:
+            raise BadRequest(f"arm {label} was played with other settings before: name what differs in the new arm")
+    runs = {(run["arm"], run["seed"]): run for run in old["runs"]}
+    for run in new["runs"]:
+        place = run["arm"], run["seed"]
+        if place not in runs or len(run["rounds"]) >= len(runs[place]["rounds"]):
+            runs[place] = run
+    arms = {arm["label"]: arm for arm in (*old["arms"], *new["arms"])}
+    return {
+        "versions": new["versions"],
+        "data": {**new["data"], "seeds": sorted({seed for _, seed in runs})},
+        "settings": old["settings"] | new["settings"],
+        "arms": list(arms.values()),
+        "commands": [*old["commands"], *(one for one in new["commands"] if one not in old["commands"])],
+        "runs": [runs[place] for place in sorted(runs)],
+    }
 
 
 def _generated(folder: Path) -> Path:
@@ -117,16 +169,50 @@ def _generated(folder: Path) -> Path:
     return folder / "data.yaml"
 
 
+def _write_pictures(folder: Path, results: Json) -> None:
+    drawn = draw(results)
+    for name in PICTURES:
+        (folder / f"{name}.png").write_bytes(drawn[name])
+
+
 # --- figures --------------------------------------------------------------------------------------------------------
 
 
-def kept() -> Iterator[tuple[str, str, Json]]:
-    """(pool, stage, results.json) of what was played and kept."""
+def kept() -> Iterator[tuple[str, Json]]:
+    """(pool, what is kept of it)."""
     for pool in POOLS:
-        for stage in STAGES:
-            file = HERE / pool / stage / "results.json"
-            if file.exists():
-                yield pool, stage, json.loads(file.read_text(encoding="utf-8"))
+        file = HERE / pool / "results.json"
+        if file.exists():
+            yield pool, json.loads(file.read_text(encoding="utf-8"))
+
+
+def views() -> Iterator[tuple[str, str, Json]]:
+    """(pool, stage, its part of what is kept, compared), of stages that have anything to compare."""
+    for pool, results in kept():
+        for stage, (strategies, seeds) in STAGES.items():
+            found = view(results, split_arms(strategies), [int(seed) for seed in seeds.split(",")])
+            if len(found["arms"]) > 1:
+                yield pool, stage, found
+
+
+def view(results: Json, labels: Sequence[str], seeds: Sequence[int]) -> Json:
+    """The whole runs of these arms on these seeds; arms that lack one of the seeds are left out, so that all means
+    are over the same."""
+    rounds = results["data"]["rounds"] + 1
+    whole = {(run["arm"], run["seed"]): run for run in results["runs"] if len(run["rounds"]) == rounds}
+    shown = [label for label in labels if all((label, seed) in whole for seed in seeds)]
+    arms = {arm["label"]: arm for arm in results["arms"]}
+    found = {
+        **results,
+        "data": {**results["data"], "seeds": list(seeds)},
+        "arms": [arms[label] for label in shown],
+        "runs": [whole[label, seed] for label in shown for seed in seeds],
+    }
+    return {**found, "comparison": compare(found, None)} if shown else found
+
+
+def split_arms(strategies: str) -> list[str]:
+    return [arm.label for arm in parse_arms(strategies)]
 
 
 def figures(results: Json) -> list[Json]:

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from strategies import STRATEGIES, Pool, PoolInvalid, builtin
+from strategies import STRATEGIES, Pool, PoolInvalid, builtin, late_utility
 from strategies.diversity import KMeansScale, coverage, k_center, kmeans_distance
 
 
@@ -178,6 +178,19 @@ def test_hybrid_k_center_by_hand():
     assert selection.parts["diversity"] == pytest.approx([1 / 9, 8 / 9, 1 / 9, 2 / 9, 1 / 9])
     assert selection.parts["uncertainty"] == pytest.approx([0, 0.9, 0.2, 0.9, 1.0])
     assert selection.late["distance_high"] == 9.0
+
+
+def test_hybrid_k_center_as_a_product_by_hand():
+    # labelled at 9; distances 9, 8, 7, 6, 1 of 9
+    pool = Pool.build(range(5), {"least_confidence": [0.0, 0.9, 0.2, 0.9, 1.0]}, [[0.0], [1], [2], [3], [10]], [[9.0]])
+    options = {"mix": "product", "alpha": 0.5, "beta": 1.0, "whiten": False}
+    selection = run_strategy("hybrid_k_center", pool, 2, **options)
+    # row 1 has .95 * 8/9 = .84; then row 3 falls from .63 to .95 * 2/9 = .21 and still is the best: row 4 has 1/9
+    assert selection.positions.tolist() == [1, 3]
+    left = [0.0, 1.0, 0.2**0.5 / 9, 0.75, 1 / 9]
+    assert selection.utilities == pytest.approx([left[0], 1, left[2] / 2, 0.75, left[4] / 2])
+    late = late_utility("hybrid_k_center", selection.late, pool.uncertainty, pool.embeddings, options)
+    assert late[[0, 2, 4]] == pytest.approx(selection.utilities[[0, 2, 4]])
 
 
 def test_hybrid_k_center_between_its_ends(make_pool):

@@ -27,6 +27,13 @@ def test_hybrid_utility_by_hand():
     assert hybrid_utility([], []).tolist() == []
 
 
+def test_product_of_powers():
+    assert hybrid_utility([0.25, 0.0, 1.0], [0.5, 1.0, 1.0], 0.5, 1, "product") == pytest.approx([0.25, 0, 1])
+    assert hybrid_utility([0.0], [0.5], 0, 1, "product").tolist() == [0.5]  # weight 0: it does not matter
+    with pytest.raises(InputInvalid, match=r"Unknown mix 'produkt'\. Did you mean 'product'"):
+        hybrid_utility([0.0], [0.5], mix="produkt")
+
+
 @given(st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1)), min_size=1), st.floats(0, 3), st.floats(0, 3))
 def test_hybrid_utility_is_bounded_and_monotone(rows, alpha, beta):
     uncertainty, diversity = np.array(rows).T
