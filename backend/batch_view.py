@@ -87,7 +87,7 @@ def weights_of(strategy: str, options: Mapping[str, Any]) -> tuple[float, float]
         complete = validate_options(strategy, options)
     except StrategyError:
         return None
-    if "alpha" not in complete:
+    if "alpha" not in complete or complete.get("mix") == "product":
         return None
     whole = max(1.0, complete["alpha"] + complete["beta"])
     return complete["alpha"] / whole, complete["beta"] / whole

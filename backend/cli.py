@@ -131,7 +131,7 @@ def simulate(
     out: Annotated[Path, typer.Option(help="Folder for results, and for what a later run can reuse.")],
     strategies: Annotated[
         str, typer.Option(help="Arms: hybrid, random@2 (another draw), hybrid:alpha=0.5,threshold=0.05 ...")
-    ] = "random,random@2,hybrid",
+    ] = "random,random@2,hybrid_k_center",
     rounds: Annotated[int, typer.Option(min=1, help="Batches after the seed set.")] = 4,
     batch_size: Annotated[int, typer.Option(min=1, help="K: labels per round.")] = 200,
     seeds: Annotated[str, typer.Option(help="Repetitions, each with a seed set of its own for all arms.")] = "0",
@@ -188,7 +188,7 @@ def score(
     ] = None,
     k: Annotated[int, typer.Option(min=1, max=100_000, help="Images to choose.")] = 200,
     strategy: Annotated[
-        str | None, typer.Option(help="How they are chosen. Default: hybrid; no weights: coverage.")
+        str | None, typer.Option(help="How they are chosen. Default: hybrid_k_center; no weights: coverage.")
     ] = None,
     option: Annotated[
         list[str] | None,

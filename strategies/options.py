@@ -71,14 +71,19 @@ _MAX_REFERENCES = Option("max_references", 20_000, "images that have to be cover
 _ALPHA = Option("alpha", 0.7, "weight of the uncertainty", 0.0, 1.0)
 _ALPHA_OF_DISAGREEMENT = Option("alpha", 0.7, "weight of the committee's disagreement", 0.0, 1.0)
 _BETA = Option("beta", 0.3, "weight of the diversity", 0.0, 1.0)
+# By the comparison in benchmarks/dividend: a burst is left at its first frame however uncertain the others are.
+_ALPHA_IN_PRODUCT = Option("alpha", 0.25, "weight of the uncertainty, or its exponent in a product", 0.0, 1.0)
+_BETA_IN_PRODUCT = Option("beta", 1.0, "weight of the diversity, or its exponent in a product", 0.0, 1.0)
 _MIX = Option(
     "mix",
-    "sum",
+    "product",
     "sum: alpha * uncertainty + beta * diversity; product: uncertainty^alpha * diversity^beta, where neither makes up "
     "for the lack of the other",
     choices=MIXES,
 )
-_WHITEN = Option("whiten", False, "measure distances in whitened embeddings, in which bursts stand out")
+_WHITEN_MEANING = "measure distances in whitened embeddings, in which bursts stand out"
+_WHITEN = Option("whiten", True, _WHITEN_MEANING)
+_DO_NOT_WHITEN = Option("whiten", False, _WHITEN_MEANING)
 
 OPTIONS: Mapping[str, tuple[Option, ...]] = MappingProxyType(
     {
@@ -87,11 +92,11 @@ OPTIONS: Mapping[str, tuple[Option, ...]] = MappingProxyType(
         "margin": (_KEEP_DUPLICATES,),
         "entropy": (_KEEP_DUPLICATES,),
         "kmeans": (_N_CLUSTERS, _KEEP_DUPLICATES),
-        "k_center": (_WHITEN, _KEEP_DUPLICATES),
-        "coverage": (_WHITEN, _MAX_REFERENCES, _KEEP_DUPLICATES),
+        "k_center": (_DO_NOT_WHITEN, _KEEP_DUPLICATES),
+        "coverage": (_DO_NOT_WHITEN, _MAX_REFERENCES, _KEEP_DUPLICATES),
         "hybrid": (_ALPHA, _BETA, _MEASURE, _N_CLUSTERS, _SUPPRESS_DUPLICATES),
-        "hybrid_k_center": (_ALPHA, _BETA, _MIX, _MEASURE, _WHITEN, _SUPPRESS_DUPLICATES),
-        "hybrid_coverage": (_MEASURE, _WHITEN, _MAX_REFERENCES, _SUPPRESS_DUPLICATES),
+        "hybrid_k_center": (_ALPHA_IN_PRODUCT, _BETA_IN_PRODUCT, _MIX, _MEASURE, _WHITEN, _SUPPRESS_DUPLICATES),
+        "hybrid_coverage": (_MEASURE, _DO_NOT_WHITEN, _MAX_REFERENCES, _SUPPRESS_DUPLICATES),
         "committee": (_ALPHA_OF_DISAGREEMENT, _BETA, _N_CLUSTERS, _SUPPRESS_DUPLICATES),
     }
 )

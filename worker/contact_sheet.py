@@ -158,7 +158,7 @@ def shown_parts(card: Card, weights: Mapping[str, float]) -> list[ShownPart]:
 def _weights(strategy: str, options: Mapping[str, Any]) -> dict[str, float]:
     """Of the parts in the utility; empty: it is no weighted sum."""
     complete = validate_options(strategy, options)
-    if "alpha" not in complete:
+    if "alpha" not in complete or complete.get("mix") == "product":
         return {}
     whole = max(1.0, complete["alpha"] + complete["beta"])
     return {"uncertainty": complete["alpha"] / whole, "diversity": complete["beta"] / whole}

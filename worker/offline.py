@@ -66,8 +66,7 @@ class Request:
         Raises:
             BadRequest: an unknown strategy, option or setting, or a value that cannot be.
         """
-        default = "coverage" if not self.weights else "hybrid" if len(self.weights) == 1 else "committee"
-        strategy = self.strategy or default
+        strategy = self.strategy or _usual_strategy(len(self.weights))
         _check_strategy(strategy, len(self.weights))
         written = ",".join(option.strip() for option in self.options)
         arm = parse_arms(f"{strategy}:{written}" if written else strategy)[0]
@@ -82,6 +81,13 @@ class Request:
     @cached_property
     def options_in_force(self) -> dict[str, Any]:
         return validate_options(self.settings.strategy, self.settings.strategy_options)
+
+
+def _usual_strategy(n_weights: int) -> str:
+    """Diversity where nothing knows the classes; a project's default; what several detectors are for."""
+    if n_weights > 1:
+        return "committee"
+    return str(ProjectSettings.model_fields["strategy"].default) if n_weights else "coverage"
 
 
 @dataclass(frozen=True)

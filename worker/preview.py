@@ -23,6 +23,7 @@ from worker.selection import Batch
 from worker.services import Services
 from worker.settings import ProjectSettings, parse_project_settings
 from worker.store import get_project, latest_round, loads, scores
+from worker.uncertainty import said_in_full
 
 KEPT_SECONDS = 3600
 SHOWN = 600  # tasks of the batch that the preview names
@@ -39,7 +40,9 @@ def preview_settings(connection: Connection, project_id: int, change: Mapping[st
     """
     source = rounds.selectable_round(connection, project_id)
     project = get_project(connection, project_id)
-    base = {name: value for name, value in loads(source.settings).items() if name not in SELECTION_FIELDS}
+    scored = loads(source.settings)
+    base = {name: value for name, value in scored.items() if name not in SELECTION_FIELDS}
+    base |= said_in_full(parse_project_settings(scored))  # another strategy reads the scores that there are
     own = {name: value for name, value in loads(project.extra_params).items() if name in SELECTION_FIELDS}
     merged = {**base, **own, **change}
     return {name: value for name, value in merged.items() if value is not None}

@@ -118,7 +118,7 @@ class ProjectSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
-    strategy: str = Field("hybrid", description="How the next batch is chosen: a name from the registry.")
+    strategy: str = Field("hybrid_k_center", description="How the next batch is chosen: a name from the registry.")
     strategy_options: dict[str, Any] = Field(default_factory=dict, description="Options of that strategy.")
     batch_size: int = Field(200, ge=1, le=100_000, description="K: tasks a round asks annotators to label.")
     labels_per_round: int | None = Field(
@@ -176,20 +176,24 @@ class ProjectSettings(BaseModel):
         None,
         gt=0,
         lt=1,
-        description="Boxes count for uncertainty from this confidence on. Default: .25 for `least_confidence`, .05 for "
-        "`margin` and `entropy`.",
+        description="Boxes count for uncertainty from this confidence on. Default: .1 for `hybrid_k_center`; else .25 "
+        "for the measure `least_confidence`, .05 for `margin` and `entropy`.",
     )
     uncertainty_empty: Literal["uncertain", "certain", "best_candidate"] | None = Field(
         None,
-        description="What an image without such a box is. Default: `uncertain` for `least_confidence`, "
-        "`best_candidate` for `margin` and `entropy`.",
+        description="What an image without such a box is. Default: `best_candidate` for `hybrid_k_center`, `margin` "
+        "and `entropy`, else `uncertain`.",
     )
-    uncertainty_aggregate: Literal["max", "min", "mean", "top_n_mean", "sum"] = Field(
-        "max", description="How the uncertainties of an image's boxes become one; `sum` favours crowded images."
+    uncertainty_aggregate: Literal["max", "min", "mean", "top_n_mean", "sum"] | None = Field(
+        None,
+        description="How the uncertainties of an image's boxes become one; `sum` favours crowded images. Default: "
+        "`sum` for `hybrid_k_center`, else `max`.",
     )
     uncertainty_n: int = Field(10, ge=1, le=300, description="Boxes that `top_n_mean` is the mean of.")
-    class_weights: bool = Field(
-        False, description="Boxes of classes with few labelled boxes count for more (by half to 3 times)."
+    class_weights: bool | None = Field(
+        None,
+        description="Boxes of classes with few labelled boxes count for more (by half to 3 times). Default: yes for "
+        "`hybrid_k_center`, else no.",
     )
     near_duplicate_threshold: float = Field(
         0.99, gt=0, le=1, description="Cosine above which two images count as one when a batch is chosen."

@@ -7,7 +7,9 @@ boxes is worth. Production scoring and `hardfirst simulate` both read here, so t
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Protocol
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +18,24 @@ from strategies.uncertainty import MEASURES, class_weights, image_uncertainty
 from worker.settings import ProjectSettings
 
 LOWEST_CANDIDATE = 0.05  # the detector keeps candidates from here on, unless a project looks lower
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How uncertainty is read. threshold, empty None: as the measure's own rule says (`strategies.uncertainty`)."""
+
+    threshold: float | None = None
+    empty: str | None = None
+    aggregate: str = "max"
+    class_weights: bool = False
+
+
+Value = TypeVar("Value")
+
+# What a project's settings leave open. Of all others: the rules of the textbooks.
+BY_STRATEGY: Mapping[str, Reading] = MappingProxyType(
+    {"hybrid_k_center": Reading(0.1, "best_candidate", "sum", class_weights=True)}  # by benchmarks/dividend
+)
 
 
 class Look(Protocol):
@@ -28,9 +48,35 @@ class Look(Protocol):
     def best_candidate(self) -> NDArray[np.float32]: ...
 
 
+def reading(settings: ProjectSettings) -> Reading:
+    """What the settings say and, where they say nothing, what their strategy does."""
+    usual = BY_STRATEGY.get(settings.strategy, Reading())
+    return Reading(
+        _or(settings.uncertainty_threshold, usual.threshold),
+        _or(settings.uncertainty_empty, usual.empty),
+        _or(settings.uncertainty_aggregate, usual.aggregate),
+        _or(settings.class_weights, usual.class_weights),
+    )
+
+
+def _or(said: Value | None, usual: Value) -> Value:
+    return usual if said is None else said
+
+
+def said_in_full(settings: ProjectSettings) -> dict[str, Any]:
+    """The settings that give this reading whatever the strategy. None: what every strategy leaves to the measure."""
+    how = reading(settings)
+    return {
+        "uncertainty_threshold": how.threshold,
+        "uncertainty_empty": how.empty,
+        "uncertainty_aggregate": how.aggregate,
+        "class_weights": how.class_weights,
+    }
+
+
 def lowest_candidate(settings: ProjectSettings) -> float:
     """The confidence from which the detector has to keep candidates for this project."""
-    threshold = settings.uncertainty_threshold
+    threshold = reading(settings).threshold
     return LOWEST_CANDIDATE if threshold is None else min(LOWEST_CANDIDATE, threshold)
 
 
@@ -41,7 +87,7 @@ def weights_of_classes(
 
     Args: boxes_per_class: labelled boxes, by class name, that the detector was trained on.
     """
-    if not settings.class_weights or not any(name in boxes_per_class for name in names.values()):
+    if not reading(settings).class_weights or not any(name in boxes_per_class for name in names.values()):
         return None
     return class_weights([boxes_per_class.get(names[class_id], 0) for class_id in sorted(names)])
 
@@ -51,13 +97,14 @@ def measures_of(
 ) -> dict[str, float]:
     """Every measure of one image, as the project's settings read it. With class weights or "sum" they may exceed 1."""
     rows = look.probabilities if len(look.probabilities) else look.best_candidate[None, :]
+    how = reading(settings)
     return {
         name: image_uncertainty(
             rows,
             name,
-            threshold=settings.uncertainty_threshold,
-            empty=settings.uncertainty_empty,
-            method=settings.uncertainty_aggregate,
+            threshold=how.threshold,
+            empty=how.empty,
+            method=how.aggregate,
             n=settings.uncertainty_n,
             class_weights=weights,
         )
@@ -67,12 +114,9 @@ def measures_of(
 
 def reading_of(settings: ProjectSettings, boxes_per_class: Mapping[str, int]) -> dict[str, Any]:
     """What the measures of an image depend on besides the detector, as JSON: for keys of stored scores."""
-    chosen = {
-        name: getattr(settings, name)
-        for name in ("uncertainty_threshold", "uncertainty_empty", "uncertainty_aggregate", "class_weights")
-    }
-    if settings.uncertainty_aggregate == "top_n_mean":
+    chosen = said_in_full(settings)
+    if chosen["uncertainty_aggregate"] == "top_n_mean":
         chosen["uncertainty_n"] = settings.uncertainty_n
-    if settings.class_weights:
+    if chosen["class_weights"]:
         chosen["boxes_per_class"] = dict(sorted(boxes_per_class.items()))
     return chosen

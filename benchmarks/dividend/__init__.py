@@ -26,8 +26,8 @@ from worker.simulation_results import compare
 HERE = Path(__file__).resolve().parent
 README = HERE / "README.md"
 PICTURES = ("curves", "rare")
-DEFAULT = "hybrid"  # what a project gets that sets nothing
-LEADERS = f"random,random@2,{DEFAULT},hybrid_k_center,k_center,hybrid_coverage"
+DEFAULT = "hybrid_k_center"  # what a project gets that sets nothing
+LEADERS = f"random,random@2,{DEFAULT},hybrid,k_center,hybrid_coverage"
 EVERY = f"{LEADERS},least_confidence,margin,entropy,kmeans,coverage,committee:committee_size=3"
 ONE, THREE, SIX = "0", "0,1,2", "0,1,2,3,4,5"
 

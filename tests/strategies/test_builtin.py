@@ -8,6 +8,8 @@ import pytest
 from strategies import STRATEGIES, Pool, PoolInvalid, builtin, late_utility
 from strategies.diversity import KMeansScale, coverage, k_center, kmeans_distance
 
+SUM = {"mix": "sum", "alpha": 0.7, "beta": 0.3, "whiten": False}
+
 
 def run_strategy(name, pool, batch_size, seed=0, **options):
     return STRATEGIES[name](pool, batch_size, np.random.default_rng(seed), options)
@@ -170,7 +172,7 @@ def test_coverage_with_few_references_draws_them_from_rng(make_pool):
 def test_hybrid_k_center_by_hand():
     # labelled at 9; distances 9, 8, 7, 6, 1 of 9
     pool = Pool.build(range(5), {"least_confidence": [0.0, 0.9, 0.2, 0.9, 1.0]}, [[0.0], [1], [2], [3], [10]], [[9.0]])
-    selection = run_strategy("hybrid_k_center", pool, 2)
+    selection = run_strategy("hybrid_k_center", pool, 2, **SUM)
     # row 1 has .63 + .3 * 8/9 = .90 and is taken; then row 3 falls from .83 to .63 + .3 * 2/9 = .70, and row 4 has .73
     assert selection.positions.tolist() == [1, 4]
     rest = [0.3 / 9, 0.14 + 0.3 / 9, 0.63 + 0.3 * 2 / 9]
@@ -195,15 +197,15 @@ def test_hybrid_k_center_as_a_product_by_hand():
 
 def test_hybrid_k_center_between_its_ends(make_pool):
     pool = make_pool(200)
-    farthest = run_strategy("hybrid_k_center", pool, 20, alpha=0.0, beta=1.0)
+    farthest = run_strategy("hybrid_k_center", pool, 20, **(SUM | {"alpha": 0.0, "beta": 1.0}))
     assert farthest.positions.tolist() == k_center(pool.embeddings, 20, pool.labelled_embeddings).tolist()
-    surest_last = run_strategy("hybrid_k_center", pool, 20, alpha=1.0, beta=0.0)
+    surest_last = run_strategy("hybrid_k_center", pool, 20, **(SUM | {"alpha": 1.0, "beta": 0.0}))
     assert surest_last.positions.tolist() == run_strategy("least_confidence", pool, 20).positions.tolist()
 
 
 def test_hybrid_k_center_with_nothing_labelled_measures_from_its_first_pick():
     pool = Pool.build(range(4), {"least_confidence": [0.5, 1.0, 1.0, 1.0]}, [[0.0], [1], [1], [5]])
-    selection = run_strategy("hybrid_k_center", pool, 4)
+    selection = run_strategy("hybrid_k_center", pool, 4, **SUM)
     assert selection.positions.tolist() == [1, 3, 2, 0]  # the copy of the first still comes before the surer one
     assert selection.late["distance_high"] == 4.0
     assert selection.parts["diversity"] == pytest.approx([0.25, 1, 0, 1])
@@ -215,4 +217,5 @@ def test_hybrid_k_center_spreads_where_hybrid_takes_one_burst():
     burst = np.array([10.0, 0.0]) + rng.normal(scale=0.3, size=(10, 2))
     others = rng.normal(scale=2.0, size=(40, 2))
     pool = Pool.build(range(50), {"least_confidence": np.ones(50)}, np.concatenate([burst, others]))
-    assert (run_strategy("hybrid_k_center", pool, 10).positions < 10).sum() <= 2
+    for options in (SUM, {}):
+        assert (run_strategy("hybrid_k_center", pool, 10, **options).positions < 10).sum() <= 2
