@@ -73,7 +73,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
         log.warning("%s", error)
     yield
     stop.set()
-    services.store.close()
+    services.close()
 
 
 def _read_some_label_config() -> None:

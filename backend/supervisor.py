@@ -304,10 +304,14 @@ def settings_environment(settings: Settings) -> dict[str, str]:
     prefix = str(Settings.model_config.get("env_prefix", ""))
     variables = {}
     for name, info in Settings.model_fields.items():
-        value = getattr(settings, name)
-        text = value.get_secret_value() if isinstance(value, SecretStr) else str(value)
-        variables[str(info.validation_alias or f"{prefix}{name}".upper())] = text
+        variables[str(info.validation_alias or f"{prefix}{name}".upper())] = _as_text(getattr(settings, name))
     return variables
+
+
+def _as_text(value: object) -> str:
+    if value is None:  # as an unset variable reads: 'None' would be a folder of that name
+        return ""
+    return value.get_secret_value() if isinstance(value, SecretStr) else str(value)
 
 
 def secrets_of(settings: Settings) -> list[str]:

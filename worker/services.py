@@ -57,6 +57,13 @@ class Services:
             buckets=self.settings.readable_buckets,
         )
 
+    def close(self) -> None:
+        """End the connections that were made."""
+        made = vars(self)  # a cached property is here once it was used, and asking for one would make it
+        for name in ("images", "label_studio", "redis", "store"):
+            if name in made:
+                made[name].close()
+
     @property
     def ultralytics_dir(self) -> Path:
         return self.settings.data_dir.resolve() / "ultralytics"

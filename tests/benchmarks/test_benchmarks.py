@@ -54,7 +54,7 @@ def test_predict_answers_live() -> None:
 
 
 def test_predict_answers_many_tasks_in_one_request() -> None:
-    found = figures("predict", "--size", "40")
+    found = figures("predict", "--size=40")
     assert [row["answered"] for row in found.values()] == [40, 40, 40]  # so few are made in time
     assert all(0 < row["seconds"] < 100 and row["answer_mb"] > 0 and row["health_ms"] > 0 for row in found.values())
 

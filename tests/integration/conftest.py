@@ -5,10 +5,11 @@ The worker is RQ's own, in this process and in bursts: a test says when work is 
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
-import select as io_select
+import selectors
 import signal
 import socket
 import threading
@@ -394,7 +395,7 @@ def make_stage(
 
     yield make
     for services in made:
-        services.store.close()
+        services.close()
 
 
 @pytest.fixture
@@ -413,7 +414,7 @@ def stage_on(label_studio: LabelStudioServer) -> Iterator[Callable[[Settings], S
 
     yield make
     for services in made:
-        services.store.close()
+        services.close()
 
 
 @pytest.fixture
@@ -462,8 +463,8 @@ class Line:
             listener.shutdown(socket.SHUT_RDWR)
             listener.close()
         for end in list(self._open):
-            end.close()
-        self._open.clear()
+            with contextlib.suppress(OSError):  # its other side was first
+                end.shutdown(socket.SHUT_RDWR)  # wakes the thread that waits for it; close() would not
 
     def _accept(self, listener: socket.socket) -> None:
         while True:
@@ -474,22 +475,29 @@ class Line:
             threading.Thread(target=self._relay, args=(near,), daemon=True).start()
 
     def _relay(self, near: socket.socket) -> None:
-        with near, socket.create_connection(self._upstream) as far:
+        # a selector, not select(): that takes no descriptor above 1023, and a long run of tests has them
+        with near, socket.create_connection(self._upstream) as far, selectors.DefaultSelector() as selector:
             self._open |= {near, far}
-            ends = {near: far, far: near}
+            selector.register(near, selectors.EVENT_READ, far)
+            selector.register(far, selectors.EVENT_READ, near)
             try:
-                while True:
-                    ready, _, _ = io_select.select(list(ends), [], [], 60)
-                    self._flows.wait()
-                    for end in ready:
-                        content = end.recv(65536)
-                        if not content:
-                            return
-                        ends[end].sendall(content)
-            except (OSError, ValueError):
+                while self._pass_on(selector.select()):
+                    pass
+            except OSError:
                 return  # cut, or one side went away
             finally:
                 self._open -= {near, far}
+
+    def _pass_on(self, ready: list[tuple[selectors.SelectorKey, int]]) -> bool:
+        """Bring what has come to the other side; whether both are still there."""
+        self._flows.wait()
+        for key, _ in ready:
+            end: Any = key.fileobj
+            content = end.recv(65536)
+            if not content:
+                return False
+            key.data.sendall(content)
+        return True
 
 
 @pytest.fixture
