@@ -18,7 +18,7 @@ from demo.factory import render
 from demo.label_studio_server import PYTHON_VARIABLE, LabelStudioServer
 from worker.processes import running_valkey
 
-KEPT_VARIABLES = (PYTHON_VARIABLE, "HARDFIRST_CACHE")
+KEPT_VARIABLES = (PYTHON_VARIABLE, "HARDFIRST_OLDER_LABEL_STUDIO_PYTHON", "HARDFIRST_CACHE")
 SETTINGS_PREFIXES = ("HARDFIRST_", "LABEL_STUDIO_")
 SETTINGS_NAMES = ("REDIS_URL", "DATABASE_URL")
 AWS = {"AWS_ACCESS_KEY_ID": "testing", "AWS_SECRET_ACCESS_KEY": "testing", "AWS_DEFAULT_REGION": "us-east-1"}

@@ -29,6 +29,7 @@ from worker.settings import Settings
 EXPIRES_SOON = 14.0  # days
 WORKER_PATIENCE = 25.0  # seconds for a worker to answer: loading torch takes it ten on a busy machine
 START_IT = "Start `hardfirst up`"
+TRIED_WITH = "1.23.2"  # the Label Studio that the tests start, see requirements-label-studio.lock
 
 
 class Status(StrEnum):
@@ -197,7 +198,16 @@ def look_at_label_studio(own: Services) -> Check:
         version = own.label_studio.server_version()
     except HardfirstError as error:
         return failed(name, str(error), "Start Label Studio, or set LABEL_STUDIO_URL to where it answers")
-    return ok(name, f"Label Studio{f' {version}' if version else ''} answers at {url}")
+    found = f"Label Studio{f' {version}' if version else ''} answers at {url}"
+    if version and _series(version) != _series(TRIED_WITH):
+        fix = "If the checks below find nothing else, go on; docs/upgrading.md says what a version may change"
+        return warning(name, f"{found}; this hardfirst was tried with {TRIED_WITH}", fix)
+    return ok(name, found)
+
+
+def _series(version: str) -> str:
+    """Major and minor: what a patch changes is no other Label Studio."""
+    return ".".join(version.split(".")[:2])
 
 
 def look_at_token(own: Services) -> Check:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 from sqlalchemy import Row, func, select
@@ -194,7 +195,7 @@ def look_at_version(own: Services, project_id: int, name: str) -> Check:
     if served != version:
         shown = repr(served) if served else "no version"
         sentence = f"Label Studio serves {shown}; {version} is published: tasks come in another order"
-        fix = f"{_with_fix()}, or choose {version} in Settings -> Annotation -> Live Predictions"
+        fix = f"{_with_fix()}, or choose {version} in Settings -> Annotation -> Prelabeling"
         return failed(name, sentence, fix, _serve(own, project_id, version))
     return ok(name, f"{served}, {count:,} predictions")
 
@@ -208,7 +209,7 @@ def look_at_pre_annotations(own: Services, project_id: int, name: str) -> Check:
     return failed(
         name,
         "Label Studio hides pre-annotations, and with them the order",
-        f"{_with_fix()}, or switch on Settings -> Annotation -> Use predictions to prelabel tasks",
+        f"{_with_fix()}, or switch on Settings -> Annotation -> Prelabeling -> Use predictions to prelabel tasks",
         _serve(own, project_id, version),
     )
 
@@ -227,7 +228,8 @@ def look_at_order(own: Services, project_id: int, name: str) -> Check:
     there = {int(task["id"]): task for task in own.label_studio.first_tasks(project_id, version, 2 * LOOKED_AT)}
     for task_id in wanted:
         if task_id not in there:
-            there[task_id] = own.label_studio.task(task_id)
+            with suppress(NotFound):  # deleted a moment ago: nobody is served it, and nothing is wrong
+                there[task_id] = own.label_studio.task(task_id)
     free = {task_id: task for task_id, task in there.items() if not task.get("total_annotations")}
     served = sorted((lowest, task_id) for task_id, task in free.items() if (lowest := _lowest(task, version)) < 2)
     wanted = [task_id for task_id in wanted if task_id in free]

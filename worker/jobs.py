@@ -19,7 +19,6 @@ from worker.attaching import attach_project, heal
 from worker.errors import (
     HardfirstError,
     JobFenced,
-    NotFound,
     Unavailable,
 )
 from worker.holdout import remeasure_if_changed
@@ -211,10 +210,7 @@ def _reconcile_project(own: Services, project: Row[Any]) -> None:
     if project.published_round_id is None:
         return  # round 0 looks for itself
     stale = time.time() - (project.reconciled_at or 0) > FULL_SYNC_EVERY
-    try:
-        sync_project(own, project.id, everything=stale)
-    except NotFound as gone:
-        raise NotFound(f"Label Studio no longer has project {project.id}, or its token may not see it") from gone
+    sync_project(own, project.id, everything=stale)
     with own.store.write() as connection:
         opened = rounds.open_round_if_triggered(connection, project.id)
     if opened is not None:

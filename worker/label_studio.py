@@ -232,7 +232,10 @@ class LabelStudio:
             _checked(response, "GET", "/api/current-user/whoami")
 
     def project(self, project_id: int) -> dict[str, Any]:
-        return dict(self._request("GET", f"/api/projects/{project_id}/"))
+        try:
+            return dict(self._request("GET", f"/api/projects/{project_id}/"))
+        except NotFound as gone:
+            raise NotFound(f"Label Studio no longer has project {project_id}, or its token may not see it") from gone
 
     def publish_version(self, project_id: int, version: str) -> None:
         """Make `version` the one whose scores order the label stream and whose boxes are drawn."""

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import hypothesis
@@ -273,6 +274,30 @@ def test_slow_reading_leaves_time_for_writing(client: TestClient, monkeypatch: p
     monkeypatch.setattr(ml_api, "_ask_in_chunks", lambda *args: waited.append(args[4] - time.monotonic()) or {})
     ask(client, 50)
     assert waited[0] <= 5.0 - 3 * 0.5  # read once, and twice that is kept for writing the answer
+
+
+def test_ten_thousand_tasks_in_one_request_are_answered_in_time_with_what_is_ready(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a clock that only the worker moves: a second for each chunk of 32."""
+    publish(client, n_tasks=5_000)
+    clock = {"now": 1_000.0}
+    monkeypatch.setattr(ml_api, "time", SimpleNamespace(monotonic=lambda: clock["now"], time=time.time))
+
+    def worker(own: Services, project_id: int, images: Any, seconds: float) -> list[dict[str, Any]]:
+        clock["now"] += 1.0
+        return [{"result": [], "score": 0.75, "model_version": "al-000000"} for _ in images]
+
+    monkeypatch.setattr(ml_api, "ask_worker", worker)
+    results = ask(client, *range(1, 10_001))
+    assert clock["now"] - 1_000.0 <= 90
+    assert len(results) == 10_000  # any other number, and Label Studio drops them all
+    made = int(ml_api.PREDICT_SECONDS) * ml_api.PREDICT_AT_ONCE
+    assert [one["score"] for one in results[:5_000]] == [number / 10 for number in range(1, 5_001)]
+    assert [one["score"] for one in results[5_000 : 5_000 + made]] == [0.75] * made
+    assert results[5_000 + made :] == [[]] * (5_000 - made)  # no prediction: not one in which nothing was found
+    (job_id,) = queue.queue("score", services(client).redis).job_ids
+    assert job_id.startswith("late-1-")
 
 
 def test_without_a_worker_nobody_waits_for_the_whole_time(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,15 +13,16 @@ import pytest
 from sqlalchemy import update
 
 from demo.label_studio_server import LabelStudioServer
-from worker import credentials
+from worker import credentials, training
 from worker.artifacts import round_key
-from worker.doctor import Check, Look, Status, run
+from worker.doctor import Check, Look, Status, look_at_label_studio, run
 from worker.doctor_project import look_at_webhook, project_looks
 from worker.services import Services
 from worker.settings import Settings
 from worker.store import projects as project_rows
 
 pytestmark = pytest.mark.slow
+OLDER_PYTHON_VARIABLE = "HARDFIRST_OLDER_LABEL_STUDIO_PYTHON"
 SMALL: dict[str, Any] = {"weights": "yolo11n.yaml", "epochs": 1, "imgsz": 64, "batch_size": 4, "holdout_size": 2}
 
 
@@ -282,6 +284,44 @@ def test_label_studio_is_restarted_in_the_middle_of_a_round(
         assert stage.row(project).problem is None
         assert project.remote()["model_version"] == "al-000001"
         assert {name: check.sentence for name, check in examined(stage, project).items() if check.status != "ok"} == {}
+
+
+@pytest.fixture
+def older_python() -> str:
+    """An interpreter with an older Label Studio: `pip install label-studio==1.22.0` in an environment of its own."""
+    found = os.environ.get(OLDER_PYTHON_VARIABLE)
+    if not found:
+        pytest.skip(f"{OLDER_PYTHON_VARIABLE} is not set, so there is no older Label Studio to upgrade from")
+    return found
+
+
+def test_label_studio_is_upgraded_in_the_middle_of_a_round(
+    make_stage: Callable[..., Any], label_studio: LabelStudioServer, tmp_path: Path, older_python: str
+) -> None:
+    with LabelStudioServer(tmp_path / "own-label-studio", python=older_python) as server:
+        stage = make_stage(label_studio_url=server.url, label_studio_api_key=server.token)
+        stage.label_studio = server
+        assert look_at_label_studio(stage.services).status is Status.WARNING
+        project = stage.connected(12, labels_per_round=3)
+        for task_id in for_training(stage, project)[:3]:
+            project.label(task_id)
+        stage.work_until("publish")
+        port, server.python = server.port, None
+        server.stop()
+        stage.work()
+        assert stage.round(project, 1).state == "publishing"  # it waits
+        server.port = port
+        server.start()  # the new one, which migrates what the old one wrote
+        assert look_at_label_studio(stage.services).status is Status.OK
+        stage.make_due()
+        stage.work()
+        assert stage.round(project, 1).state == "done"
+        assert {name: check.sentence for name, check in examined(stage, project).items() if check.status != "ok"} == {}
+        for task_id in for_training(stage, project, 1)[:3]:
+            project.label(task_id)
+        stage.work()
+        assert stage.round(project, 2).state == "done"
+        assert project.remote()["model_version"] == "al-000002"
 
 
 def test_a_copy_of_a_project_confuses_nobody_and_can_be_connected(stage: Any) -> None:
@@ -550,3 +590,52 @@ def test_everything_is_deleted_while_a_round_runs(stage: Any) -> None:
     assert row.state in ("done", "failed"), row
     assert status(stage, project)["now"]["kind"] in ("idle", "failed")
     assert examined(stage, project)["project"].sentence.endswith("has no tasks")
+
+
+def test_labelled_tasks_are_deleted_while_the_detector_trains(stage: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    project = stage.connected(12, labels_per_round=3, holdout_size=3)
+    holdout, chosen = sorted(stage.holdout(project)), for_training(stage, project)
+    for task_id in [*holdout, *chosen[:3]]:
+        project.label(task_id)
+    real, doomed = training.train, [holdout[0], chosen[0], chosen[3]]
+
+    def train_meanwhile(*args: Any, **kwargs: Any) -> Any:
+        for task_id in doomed:
+            assert project.api.delete(f"/api/tasks/{task_id}/").status_code == 204
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(training, "train", train_meanwhile)
+    stage.work()
+    row = stage.round(project, 1)
+    assert row.state == "done", row.error
+    assert row.labels == 3  # what it was trained on, whatever happened since
+    assert not set(doomed) & set(stage.batch(project, 1))
+    assert {task_id for task_id, task in stage.task_rows(project).items() if task.deleted} == set(doomed)
+    assert stage.annotation_count(project) == 4
+    assert examined(stage, project)["order"].status is Status.OK
+    assert httpx.get(f"{stage.backend_url}/projects/{project.id}", trust_env=False).status_code == 200
+    stage.make_due()
+    stage.reconcile()
+    stage.work()
+    assert stage.round(project, 1).holdout_labels == 2  # measured again on what is left
+
+
+@pytest.mark.parametrize("step", ["train", "score", "publish"])
+def test_the_project_is_deleted_while_a_round_runs(stage: Any, step: str) -> None:
+    project, other = stage.connected(8, labels_per_round=2), stage.connected(8, labels_per_round=2)
+    for task_id in for_training(stage, project)[:2]:
+        project.label(task_id)
+    stage.work_until(step)
+    assert project.api.delete(f"/api/projects/{project.id}/").status_code == 204
+    stage.work()
+    assert stage.round(project, 1).state == "failed"
+    said = f"Label Studio no longer has project {project.id}"
+    assert said in stage.round(project, 1).error
+    stage.reconcile()
+    assert said in stage.row(project).problem
+    assert said in page(stage, project)
+    assert said in examined(stage, project)["project"].sentence
+    for task_id in for_training(stage, other)[:2]:  # nobody else is kept from their work
+        other.label(task_id)
+    stage.work()
+    assert stage.round(other, 1).state == "done"

@@ -12,6 +12,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -142,23 +143,50 @@ def test_nobody_at_the_address_of_label_studio(make: Callable[..., Services]) ->
     assert "secret-token" not in repr(found)
 
 
-@pytest.mark.parametrize(("status", "words"), [(404, "is not Label Studio"), (200, "did not answer JSON")])
-def test_somebody_else_at_the_address_of_label_studio(make: Callable[..., Services], status: int, words: str) -> None:
+@contextmanager
+def answering(status: int, body: bytes) -> Iterator[str]:
+    """URL of a server that gives everybody this."""
+
     class Other(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             self.send_response(status)
             self.end_headers()
-            self.wfile.write(b"<html>welcome</html>")
+            self.wfile.write(body)
 
         def log_message(self, *args: Any) -> None:
             pass
 
     with http.server.HTTPServer(("127.0.0.1", 0), Other) as server:
         threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
-        found = doctor.look_at_label_studio(make(label_studio_url=f"http://127.0.0.1:{server.server_port}"))
+        yield f"http://127.0.0.1:{server.server_port}"
         server.shutdown()
+
+
+@pytest.mark.parametrize(("status", "words"), [(404, "is not Label Studio"), (200, "did not answer JSON")])
+def test_somebody_else_at_the_address_of_label_studio(make: Callable[..., Services], status: int, words: str) -> None:
+    with answering(status, b"<html>welcome</html>") as url:
+        found = doctor.look_at_label_studio(make(label_studio_url=url))
     assert found.status is Status.FAILED
     assert words in found.sentence
+
+
+@pytest.mark.parametrize(
+    ("version", "status"),
+    [("1.23.2", Status.OK), ("1.23.9", Status.OK), ("1.24.0", Status.WARNING), ("1.22.0", Status.WARNING)],
+)
+def test_a_label_studio_of_another_version_is_named(
+    make: Callable[..., Services], version: str, status: Status
+) -> None:
+    with answering(200, json.dumps({"release": version}).encode()) as url:
+        found = doctor.look_at_label_studio(make(label_studio_url=url))
+    assert found.status is status
+    assert found.sentence.startswith(f"Label Studio {version} answers at {url}")
+    assert ("this hardfirst was tried with 1.23.2" in found.sentence) is (status is Status.WARNING)
+
+
+def test_the_version_that_was_tried_is_the_one_that_tests_start() -> None:
+    lock = Path(__file__).resolve().parents[2] / "requirements-label-studio.lock"
+    assert f"label-studio=={doctor.TRIED_WITH}" in lock.read_text().splitlines()
 
 
 def test_no_token_says_where_to_get_one(make: Callable[..., Services]) -> None:

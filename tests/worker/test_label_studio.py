@@ -135,7 +135,7 @@ def answering() -> Iterator[Callable[[int, bytes], str]]:
     [
         (401, b"{}", CredentialsMissing, "does not accept LABEL_STUDIO_API_KEY: the legacy token"),
         (403, b"{}", CredentialsMissing, "may not change this project"),
-        (404, b"{}", NotFound, r"Label Studio has no /api/projects/7/ \(404\)"),
+        (404, b"{}", NotFound, "Label Studio no longer has project 7, or its token may not see it"),
         (400, b'{"detail": "no"}', LabelStudioRefused, "Label Studio answered 400 to GET"),
         (429, b"", LabelStudioUnavailable, "Label Studio answered 429"),
         (500, b"boom", LabelStudioUnavailable, "Label Studio answered 500"),
@@ -150,6 +150,11 @@ def test_each_answer_is_one_of_our_errors(
     with pytest.raises(error, match=sentence) as caught:
         client.project(7)
     assert "a-legacy-token" not in str(caught.value)
+
+
+def test_what_is_not_there_is_named(answering: Callable[[int, bytes], str]) -> None:
+    with pytest.raises(NotFound, match=r"Label Studio has no /api/tasks/7/ \(404\)"):
+        LabelStudio(answering(404, b"{}"), "a-legacy-token").task(7)
 
 
 def test_nobody_there_is_unavailable_and_no_token_too() -> None:
