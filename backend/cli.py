@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import sys
+import threading
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,7 +13,7 @@ import typer
 
 from worker import queue
 from worker.errors import HardfirstError, SettingsInvalid
-from worker.settings import Settings, load_settings
+from worker.settings import Settings, load_settings, unknown_variables
 
 app = typer.Typer(
     help="Label Studio ML backend that shows annotators the images worth labelling first.",
@@ -28,9 +30,9 @@ def up(
     port: Annotated[int | None, typer.Option(help="Port to listen on. Default: HARDFIRST_PORT.")] = None,
 ) -> None:
     """Start Valkey, the backend and the workers, until Ctrl-C."""
-    from backend import supervisor
+    from backend import doctor_command, supervisor
 
-    settings = load_settings(**_given(data_dir=data, host=host, port=port))
+    settings = _settings(data_dir=data, host=host, port=port)
     if settings.redis_url:
         queue.connect(settings.redis_url)  # refuse what is no Redis URL before five children repeat it
     children, redis_url = supervisor.up_children(settings)
@@ -41,7 +43,12 @@ def up(
         )
         typer.echo(f"store {_without_password(settings.store_url)}, queue {_without_password(redis_url)}")
         if not settings.api_key:
-            typer.echo("No token: Label Studio: Account & Settings -> Personal Access Token; set LABEL_STUDIO_API_KEY")
+            typer.echo(
+                "No token: Label Studio: Account & Settings -> Personal Access Token; set LABEL_STUDIO_API_KEY in .env"
+            )
+        # beside the children: a Label Studio that is away takes seconds to be found so
+        looking = threading.Thread(target=doctor_command.tell_first, args=(settings, _say), daemon=True)
+        looking.start()
 
     asyncio.run(supervisor.run(children, secrets=supervisor.secrets_of(settings), on_ready=say_where))
 
@@ -59,7 +66,7 @@ def doctor(
     """Check everything, in order, each failure with its fix. Exit code 1 when something failed."""
     from backend import doctor_command
 
-    settings = load_settings(**_given(data_dir=data))
+    settings = _settings(data_dir=data)
     raise typer.Exit(doctor_command.run(settings, project or [], fix=fix, quick=quick, as_json=json_))
 
 
@@ -76,7 +83,7 @@ def report(
     """Write each project's report, hardfirst-p<ID>.html, and its numbers (.json) from the store alone: no server."""
     from backend import report_command
 
-    report_command.run(load_settings(**_given(data_dir=data)), project or [], out)
+    report_command.run(_settings(data_dir=data), project or [], out)
 
 
 @app.command()
@@ -114,7 +121,7 @@ def web(
 
     from backend.app import create_app
 
-    settings = _for_many_hosts(load_settings(**_given(host=host, port=port)))
+    settings = _for_many_hosts(_settings(host=host, port=port))
     # 3 s: a page's event stream never ends itself
     uvicorn.run(
         create_app(settings),
@@ -151,9 +158,7 @@ def simulate(
     """Replay rounds on a labelled dataset: strategies against random. Ctrl-C stops it; started again, it goes on."""
     from backend.simulation import simulate as run
 
-    settings = _given(
-        weights=weights, epochs=epochs, imgsz=imgsz, train_batch=train_batch, nominal_batch=nominal_batch
-    )
+    settings = _given(weights=weights, epochs=epochs, imgsz=imgsz, train_batch=train_batch, nominal_batch=nominal_batch)
     raise typer.Exit(
         run(
             data=data,
@@ -305,10 +310,22 @@ def run_worker(
 
     `train` wants a process of its own, one per GPU; so does `predict`: an annotator must not wait behind a shard.
     """
-    _for_many_hosts(load_settings())
+    _for_many_hosts(_settings())
     if queue.TRAIN in queues and len(queues) > 1:
         raise SettingsInvalid("a worker of `train` serves nothing else: a training would block it. Start two workers")
     sys.exit(queue.main(["train" if queue.TRAIN in queues else "simple", ",".join(queues)]))
+
+
+def _say(line: str) -> None:
+    typer.echo(f"up       | {line}")
+
+
+def _settings(**overrides: Any) -> Settings:
+    """Of the environment and the command line; what looks like a setting and is none is told."""
+    settings = load_settings(**_given(**overrides))
+    for sentence in unknown_variables(os.environ):
+        typer.echo(f"hardfirst: {sentence}", err=True)
+    return settings
 
 
 def _for_many_hosts(settings: Settings) -> Settings:
@@ -329,7 +346,7 @@ def _without_password(url: str) -> str:
 
 def main() -> None:
     try:
-        app()
+        app(prog_name="hardfirst")  # not `python -m backend.cli`, which scripts/hardfirst runs
     except HardfirstError as error:
         typer.echo(f"hardfirst: {error}", err=True)
         sys.exit(1)

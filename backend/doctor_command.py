@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import fields
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from worker.doctor import Check, Status, deployment_looks, services_for
+from worker.doctor import Check, Status, deployment_looks, first_looks, services_for
 from worker.doctor import run as look_at
 from worker.doctor_project import project_ids, project_looks
 from worker.image_sources import printable
@@ -51,6 +51,13 @@ def examine(settings: Settings, only: Sequence[int], *, fix: bool, quick: bool) 
             here = set(unusable)  # what fails of one project says nothing of the next
             looks = project_looks(own, project_id, quick=quick)
             yield from look_at(looks, fix=fix, unusable=here, project_id=project_id)
+
+
+def tell_first(settings: Settings, emit: Callable[[str], None]) -> None:
+    """What is wrong as `hardfirst up` starts, each in a line; nothing where nothing is."""
+    for check in look_at(first_looks(services_for(settings)), fix=False):
+        if check.status in (Status.FAILED, Status.WARNING):
+            emit(f"{printable(check.sentence).rstrip('.')}. -> {printable(check.fix)}")
 
 
 def as_dict(check: Check) -> dict[str, Any]:

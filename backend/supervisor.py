@@ -24,7 +24,7 @@ from pydantic import SecretStr
 from worker.errors import Conflict, HardfirstError, QueueUnavailable, SettingsInvalid
 from worker.processes import answers, die_with_parent, lock_folder, set_aside_damaged_aof, valkey_command
 from worker.queue import CONTROL, PREDICT, SCORE, SUPERVISOR_PID, TRAIN
-from worker.settings import Settings
+from worker.settings import Settings, variable_of
 
 NAME_WIDTH = 9
 LINE_LIMIT = 65_536  # a longer line is printed in pieces
@@ -48,6 +48,7 @@ class Child:
         die_signal: what it gets when this process is killed.
         env: added to the supervisor's own environment.
         ready: polled after the start; children of lower order wait until it is true.
+        quiet: a line that has one of these is not printed.
         repair: called with its last output when it has ended; a sentence about what it mended, or None.
     """
 
@@ -59,6 +60,7 @@ class Child:
     pass_fds: tuple[int, ...] = ()
     env: Mapping[str, str] = field(default_factory=dict, repr=False)  # tokens are in there
     ready: Callable[[], bool] | None = None
+    quiet: tuple[str, ...] = ()
     repair: Callable[[str], str | None] | None = None
     process: asyncio.subprocess.Process | None = field(default=None, init=False, repr=False)
     last_lines: deque[str] = field(default_factory=lambda: deque(maxlen=LAST_LINES), init=False, repr=False)
@@ -182,6 +184,8 @@ class Supervisor:
         for secret in self._secrets:
             text = text.replace(secret, "***")
         child.last_lines.append(text)
+        if any(words in text for words in child.quiet):
+            return
         self._emit(f"{child.name:<{NAME_WIDTH}}| {text}")
 
     def _say(self, text: str) -> None:
@@ -258,6 +262,8 @@ def up_children(
                 die_signal=signal.SIGTERM,  # so that it writes its file to the end
                 pass_fds=(descriptor,),
                 ready=lambda: answers(redis_url),
+                # of a setting of the machine, for servers of many gigabytes: ours keeps kilobytes, made again when lost
+                quiet=("Memory overcommit must be enabled",),
                 repair=lambda last_output: set_aside_damaged_aof(folder, last_output),
             )
         )
@@ -301,10 +307,9 @@ async def run(
 
 def settings_environment(settings: Settings) -> dict[str, str]:
     """The settings as the environment variables that give them. Holds secrets."""
-    prefix = str(Settings.model_config.get("env_prefix", ""))
     variables = {}
-    for name, info in Settings.model_fields.items():
-        variables[str(info.validation_alias or f"{prefix}{name}".upper())] = _as_text(getattr(settings, name))
+    for name in Settings.model_fields:
+        variables[variable_of(name)] = _as_text(getattr(settings, name))
     return variables
 
 

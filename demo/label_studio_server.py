@@ -12,6 +12,7 @@ import fcntl
 import hashlib
 import os
 import re
+import secrets
 import shutil
 import signal
 import socket
@@ -208,6 +209,9 @@ def copy_migrated_folder(python: Path, data_dir: Path) -> None:
     template = _migrated_folder(python)
     data_dir.mkdir(parents=True, exist_ok=True)
     shutil.copytree(template, data_dir, dirs_exist_ok=True)
+    # One in fifty of the keys Label Studio draws begins with a dollar sign, and is not read back: after a restart it
+    # signs with another one, and every token is refused.
+    (data_dir / ".env").write_text(f"SECRET_KEY={secrets.token_hex(32)}\n")
 
 
 def create_annotator(base_url: str, admin_token: str, email: str, password: str) -> str:

@@ -16,7 +16,7 @@ from pydantic import BaseModel, SecretStr
 from pydantic.fields import FieldInfo
 
 from strategies import STRATEGIES, strategy_options
-from worker.settings import ProjectSettings, Settings
+from worker.settings import ProjectSettings, Settings, variable_of
 
 ROOT = Path(__file__).resolve().parent.parent
 FILES = (ROOT / "README.md", ROOT / "docs" / "settings.md")
@@ -46,10 +46,6 @@ PROJECT = {
 }
 
 
-def environment_name(name: str, field: FieldInfo) -> str:
-    return str(field.validation_alias or f"HARDFIRST_{name.upper()}")
-
-
 def grouped(model: type[BaseModel], groups: dict[str, tuple[str, ...]]) -> dict[str, str]:
     """Group -> its table."""
     named = {name for names in groups.values() for name in names}
@@ -63,7 +59,7 @@ def table(model: type[BaseModel], names: Sequence[str]) -> str:
     rows = ["| setting | default | what it does |", "| --- | --- | --- |"]
     for name in names:
         field = model.model_fields[name]
-        shown = environment_name(name, field) if model is Settings else name
+        shown = variable_of(name) if model is Settings else name
         rows.append(f"| `{shown}` | {_default(field)} | {field.description} |")
     return "\n".join(rows)
 

@@ -19,7 +19,7 @@ import worker.errors
 from backend.cli import app
 from scripts import readme_tables
 from worker import doctor, doctor_project, image_sources
-from worker.settings import ProjectSettings, Settings
+from worker.settings import ProjectSettings, Settings, variable_of
 from worker.store import CLOSED_STATES, OPEN_STATES
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -52,7 +52,7 @@ def test_tables_are_those_of_the_models(name: str) -> None:
 
 
 def test_every_setting_is_in_one_table_of_the_page() -> None:
-    named = [readme_tables.environment_name(name, field) for name, field in Settings.model_fields.items()]
+    named = [variable_of(name) for name in Settings.model_fields]
     tables = {name: table for name, table in readme_tables.tables().items() if name.startswith(("env", "project"))}
     assert sorted(first_cells("\n".join(tables.values()))) == sorted([*named, *ProjectSettings.model_fields])
 
@@ -67,7 +67,7 @@ def test_the_readme_names_five_settings() -> None:
 
 
 def test_every_variable_that_is_named_exists() -> None:
-    known = {readme_tables.environment_name(name, field) for name, field in Settings.model_fields.items()}
+    known = {variable_of(name) for name in Settings.model_fields}
     known.add("HARDFIRST_CACHE")  # of scripts/setup.sh
     for name, text in TEXTS.items():
         assert set(re.findall(r"HARDFIRST_[A-Z_]+[A-Z]", text)) <= known, name

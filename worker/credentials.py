@@ -26,12 +26,14 @@ from worker.errors import CredentialsMissing
 VARIABLE = "LABEL_STUDIO_API_KEY"
 SENT_WITH_SETUP = "the token that Label Studio sent with /setup"
 TAKE_ONE = (
-    "Take a new one (Label Studio: Account & Settings -> Personal Access Token), set LABEL_STUDIO_API_KEY to it and "
-    "start hardfirst again: rounds go on where they wait"
+    "Take a new one (Label Studio: Account & Settings -> Personal Access Token; revoke the old one first), set "
+    "LABEL_STUDIO_API_KEY to it, in .env or the environment, and start hardfirst again: rounds go on where "
+    "they wait"
 )
 LIFETIME = 60.0  # seconds an access token is used that does not say how long it is valid
 RENEW_AT = 0.8  # of its life: a request under way must not outlive it
 MAX_TOKEN = 8192  # characters; a personal access token has some 250
+_JWT_BEGINS = "eyJ"  # {" in base64, as every JWT begins
 _REMEMBERED = 20  # refused tokens: every user who connects a project sends their own
 
 
@@ -67,8 +69,8 @@ def claims_of(token: str) -> dict[str, Any]:
 
 def kind_of(token: str) -> Kind:
     claims = claims_of(token)
-    if token.count(".") == 1 and "token_type" in claims:
-        return Kind.CUT  # as Label Studio's list of tokens shows it
+    if token.count(".") < 2 and (token.startswith(_JWT_BEGINS) or "token_type" in claims):
+        return Kind.CUT
     if token.count(".") != 2:
         return Kind.LEGACY  # hexadecimal
     return Kind.SHORT_LIVED if claims.get("token_type") == "access" else Kind.PERSONAL
@@ -95,7 +97,7 @@ def refusal(url: str, token: Token, detail: str = "", *, was_renewed: bool = Fal
     elif kind is Kind.PERSONAL:
         why = _of_personal(detail, seconds_left(token.value))
     elif kind is Kind.CUT:
-        why = "it is a personal access token without its last part, as the list of tokens shows it"
+        why = "it is a personal access token without its end: Label Studio's list of tokens shows them cut off"
     elif kind is Kind.SHORT_LIVED:
         why = "it is an access token of a few minutes, not a personal access token"
     elif "legacy token authentication has been disabled" in detail:
@@ -110,7 +112,7 @@ def _of_personal(detail: str, left: float | None) -> str:
         return "the personal access token has expired"
     if "blacklisted" in detail:
         return "the personal access token was revoked"
-    return "the personal access token is damaged, or not this server's"
+    return "the personal access token is damaged, or not this server's, or Label Studio has another SECRET_KEY since"
 
 
 class Header:

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 DEFAULT_WEIGHTS = "yolo11n.pt"
+PUT_IT_THERE = "Put it there, or correct the path."
 ASSETS_URL = "https://github.com/ultralytics/assets/releases/download/v8.4.0"  # the release ultralytics 8.4 itself uses
 NMS_IOU = 0.7  # ultralytics' own, in predict and in val
 MAX_DETECTIONS = 300  # likewise
@@ -172,7 +173,7 @@ def resolve_weights(named: str, configured: str, cache: Path) -> BaseWeights:
     if file.is_file():
         return BaseWeights(str(_readable(file).resolve()), True, "")
     if file.name != wanted:
-        raise WeightsUnavailable(f"{source} is {wanted!r}: there is no such file on this worker.")
+        raise WeightsUnavailable(f"{source} is {wanted!r}: there is no such file on this worker. {PUT_IT_THERE}")
     try:
         return BaseWeights(str(_published(wanted, cache)), True, "")
     except _NotDownloaded as error:
@@ -645,8 +646,12 @@ def load_model(file: Path) -> Any:
     load: Any = load_checkpoint  # untyped
     try:
         model, _ = load(str(file))
-    except (AttributeError, EOFError, ImportError, LookupError, OSError, RuntimeError, TypeError, ValueError) as error:
-        raise WeightsUnavailable(f"{file} is not weights that ultralytics can load: {first_line(error)}") from error
+    except (
+        *(AssertionError, AttributeError, EOFError, ImportError, LookupError),  # the first: a name that is no .pt
+        *(OSError, RuntimeError, TypeError, ValueError),
+    ) as error:
+        why = first_line(error).removeprefix("ERROR ").lstrip("❌️ ")
+        raise WeightsUnavailable(f"{file} is not weights that ultralytics can load: {why}") from error
     if model.task != "detect" or not isinstance(model.model[-1], Detect):
         raise WeightsUnavailable(f"{file} holds a {model.task} network. A YOLO detector is needed, such as yolo11n.pt.")
     if (channels := model.yaml.get("channels", 3)) != 3:

@@ -29,7 +29,11 @@ from worker.settings import Settings
 EXPIRES_SOON = 14.0  # days
 WORKER_PATIENCE = 25.0  # seconds for a worker to answer: loading torch takes it ten on a busy machine
 START_IT = "Start `hardfirst up`"
+<<<<<<< HEAD
 TRIED_WITH = "1.23.2"  # the Label Studio that the tests start, see requirements-label-studio.lock
+=======
+CORRECT_WEIGHTS = "Put the file there, or correct HARDFIRST_WEIGHTS"
+>>>>>>> 3042f75 (What a stranger mistypes is told at once: addresses, variables, tokens, weights; a quiet Valkey)
 
 
 class Status(StrEnum):
@@ -171,6 +175,15 @@ def deployment_looks(own: Services, *, quick: bool, ask_worker: bool = False) ->
     return looks
 
 
+def first_looks(own: Services) -> list[Look]:
+    """What `hardfirst up` tells of as it starts: what somebody typed, and no round would go on without."""
+    return [
+        Look("Label Studio", lambda: look_at_label_studio(own)),
+        Look("token", lambda: look_at_token(own), needs=("Label Studio",)),
+        Look("weights", lambda: look_for_weights(own)),
+    ]
+
+
 def seen_by_worker(own: Services, name: str) -> Check:
     """A check of NEED_TORCH, made on the host of a worker."""
     try:
@@ -212,7 +225,10 @@ def _series(version: str) -> str:
 
 def look_at_token(own: Services) -> Check:
     name, token = "token", own.label_studio.token()
-    take = "Take one in Account & Settings -> Personal Access Token, set LABEL_STUDIO_API_KEY and start hardfirst again"
+    take = (
+        "Take one in Account & Settings -> Personal Access Token, set LABEL_STUDIO_API_KEY in .env or the environment "
+        "and start hardfirst again"
+    )
     if token is None:
         refused = ", and Label Studio refused the token it sent itself: legacy tokens are off there, as a rule"
         also = refused if own.label_studio.setup_token_was_refused() else ""
@@ -337,6 +353,15 @@ def look_at_device(own: Services) -> Check:
     return ok(name, device_words(device))
 
 
+def look_for_weights(own: Services) -> Check:
+    """Whether the file that is named is there; not what is in it, so that torch is not loaded."""
+    named = own.settings.weights.strip()
+    file = Path(named).expanduser()
+    if file.name != named and "://" not in named and not file.is_file():  # a bare name may be one to download
+        return failed("weights", f"HARDFIRST_WEIGHTS is {named!r}: there is no such file here", CORRECT_WEIGHTS)
+    return ok("weights", named)
+
+
 def look_at_weights(own: Services) -> Check:
     """What a project's first round starts from, where the project names no weights of its own. Downloads nothing."""
     from worker.detector import DEFAULT_WEIGHTS, load_ultralytics
@@ -352,9 +377,9 @@ def look_at_weights(own: Services) -> Check:
 
 
 def _named_weights(named: str, cache: Path) -> Check:
-    from worker.detector import is_published_name, resolve_weights
+    from worker.detector import PUT_IT_THERE, is_published_name, resolve_weights
 
-    name, fix = "weights", "Put the file there, or correct HARDFIRST_WEIGHTS"
+    name = "weights"
     file = Path(named).expanduser()
     if not file.is_file() and file.name == named and file.suffix == ".pt" and is_published_name(named):
         cached = cache / named
@@ -362,7 +387,7 @@ def _named_weights(named: str, cache: Path) -> Check:
     try:
         found = resolve_weights("", named, cache)
     except WeightsUnavailable as error:
-        return failed(name, str(error), fix)
+        return failed(name, str(error).removesuffix(f" {PUT_IT_THERE}"), CORRECT_WEIGHTS)
     return _readable_weights(Path(found.path)) if found.pretrained else warning(name, found.note)
 
 

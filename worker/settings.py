@@ -5,10 +5,11 @@ from __future__ import annotations
 import difflib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from dotenv import dotenv_values
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_core import PydanticSerializationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -19,6 +20,11 @@ from worker.errors import SettingsInvalid
 
 HOLDOUT_SHARE = 0.20
 HOLDOUT_LIMITS = (50, 300)
+# Named as settings are, and none: the set-up scripts' two, and what our processes tell each other.
+OTHER_VARIABLES = (
+    *("HARDFIRST_CACHE", "HARDFIRST_LABEL_STUDIO_PYTHON"),
+    *("HARDFIRST_SUPERVISOR_PID", "HARDFIRST_MAY_DOWNLOAD"),
+)
 
 
 class Settings(BaseSettings):
@@ -70,7 +76,9 @@ class Settings(BaseSettings):
 
     @field_validator("label_studio_url", "url")
     @classmethod
-    def _no_slash(cls, value: str) -> str:
+    def _is_address(cls, value: str) -> str:
+        if value and re.match(r"https?://[^/]", value) is None:
+            raise ValueError("an address begins with http:// or https://, such as http://localhost:8080")
         return value.rstrip("/")
 
     @field_validator("local_files_root", mode="before")
@@ -260,7 +268,36 @@ def load_settings(**overrides: Any) -> Settings:
     try:
         return Settings(**overrides)
     except ValidationError as error:
-        raise SettingsInvalid("; ".join(_sentences(error))) from error
+        raise SettingsInvalid("; ".join(_sentences(error, variable_of))) from error
+
+
+def variable_of(name: str) -> str:
+    """The environment variable that gives a setting of the deployment."""
+    if (info := Settings.model_fields.get(name)) is None:
+        return name  # an alias, which is the variable's name already
+    return str(info.validation_alias or f"{Settings.model_config.get('env_prefix', '')}{name}".upper())
+
+
+def unknown_variables(environment: Mapping[str, str], env_file: Path = Path(".env")) -> list[str]:
+    """A sentence for each variable, in the environment or the file, that is named as ours and gives no setting.
+
+    To be told, not refused: Kubernetes, for one, puts variables there that are named after services.
+    """
+    prefix = str(Settings.model_config.get("env_prefix", ""))
+    settings = {variable_of(name) for name in Settings.model_fields}
+    names = {name.upper() for name in (*environment, *dotenv_values(env_file))}
+    return [
+        f"{name} is no setting and counts for nothing; {_meant(name, settings, prefix)}"
+        for name in sorted(names - {*settings, *OTHER_VARIABLES})
+        if name.startswith(prefix)
+    ]
+
+
+def _meant(name: str, known: set[str], prefix: str) -> str:
+    """Compared without the prefix, which would make all of them alike."""
+    stems = {one.removeprefix(prefix): one for one in sorted(known)}
+    close = difflib.get_close_matches(name.removeprefix(prefix), stems, n=1)
+    return f"did you mean {stems[close[0]]!r}?" if close else "see docs/settings.md"
 
 
 def _as_mapping(extra_params: object) -> Mapping[Any, Any]:
@@ -279,17 +316,26 @@ def _as_mapping(extra_params: object) -> Mapping[Any, Any]:
 
 
 def _nearest(word: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
     if close:
         return f"; did you mean {close[0]!r}?"
     return f"; known are {', '.join(sorted(known))}"
 
 
-def _sentences(error: ValidationError) -> list[str]:
+def _sentences(error: ValidationError, name_of: Callable[[str], str] = str) -> list[str]:
     lines = []
     for problem in error.errors():
-        where = ".".join(str(part) for part in problem["loc"])
+        first, *rest = [str(part) for part in problem["loc"]] or [""]
+        where = ".".join([name_of(first), *rest])
         message = problem["msg"].removeprefix("Value error, ")
-        given = "" if not where else f" (given: {str(problem.get('input'))[:80]!r})"
+        given = f" (given: {_shown(problem.get('input'), problem['type'])})"
         lines.append(f"{where}: {message}{given}" if where else message)
     return lines
+
+
+def _shown(given: object, kind: str) -> str:
+    """A value as it was written: a number that came as a text looks like the number, and is refused all the same."""
+    if isinstance(given, str):
+        in_quotes = ", a text: write it without the quotes" if kind in ("int_type", "float_type", "bool_type") else ""
+        return f"{given[:80]!r}{in_quotes}"
+    return str(given)[:80]

@@ -47,7 +47,9 @@ def _await(url: str, process: subprocess.Popen[str], seconds: float = 60) -> htt
 
 def test_up_starts_without_a_token_says_what_to_do_and_leaves_nothing_behind(tmp_path: Path) -> None:
     port = _free_port()
-    process = _hardfirst("up", "--data", str(tmp_path / "data"), "--port", str(port), LABEL_STUDIO_API_KEY="")
+    process = _hardfirst(
+        "up", "--data", str(tmp_path / "data"), "--port", str(port), LABEL_STUDIO_API_KEY="", HARDFIRST_WEIGTHS="x.pt"
+    )
     try:
         assert _await(f"http://127.0.0.1:{port}/health", process).json()["status"] == "UP"
         config = (ROOT / "label_config.xml").read_text()
@@ -62,6 +64,8 @@ def test_up_starts_without_a_token_says_what_to_do_and_leaves_nothing_behind(tmp
         output, _ = process.communicate(timeout=40)
     assert process.returncode == 0, output
     assert "set LABEL_STUDIO_API_KEY" in output
+    assert "HARDFIRST_WEIGTHS is no setting and counts for nothing; did you mean 'HARDFIRST_WEIGHTS'?" in output
+    assert "overcommit" not in output  # Valkey's, of the machine: nothing a newcomer could do about
     listed = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
     assert str(tmp_path) not in listed
 
@@ -69,7 +73,8 @@ def test_up_starts_without_a_token_says_what_to_do_and_leaves_nothing_behind(tmp
 @pytest.mark.parametrize(
     ("arguments", "environment", "sentence"),
     [
-        (["up"], {"HARDFIRST_PORT": "http"}, "valid integer"),
+        (["up"], {"HARDFIRST_PORT": "http"}, "HARDFIRST_PORT: Input should be a valid integer"),
+        (["up"], {"LABEL_STUDIO_URL": "localhost:8080"}, "LABEL_STUDIO_URL: an address begins with http://"),
         (["up"], {"HARDFIRST_USER": "ann"}, "belong together"),
         (["up"], {"REDIS_URL": "localhost"}, "REDIS_URL must start with"),
         (["demo", "--exit", "--data", "nowhere.yaml"], {}, "nowhere.yaml cannot be read"),
@@ -86,6 +91,11 @@ def test_what_cannot_be_is_one_sentence_and_code_1(
     assert process.returncode == 1, output
     assert sentence in output
     assert "Traceback" not in output
+
+
+def test_it_calls_itself_by_the_name_people_type() -> None:
+    output, _ = _hardfirst("upload").communicate(timeout=60)
+    assert output.startswith("Usage: hardfirst upload [OPTIONS]")
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import socket
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ from typer.testing import CliRunner
 
 from backend import cli, doctor_command
 from worker.doctor import Check, Status
+from worker.settings import Settings
 
 CHECKS = [
     Check("store", Status.OK, "at the newest migration", mended=True),
@@ -62,3 +64,18 @@ def test_without_a_failure_the_code_is_0(monkeypatch: pytest.MonkeyPatch) -> Non
     fine = [check for check in CHECKS if check.status is not Status.FAILED]
     monkeypatch.setattr(doctor_command, "examine", lambda *args, **kwargs: iter(fine))
     assert CliRunner().invoke(cli.app, ["doctor"]).exit_code == 0
+
+
+def test_what_is_wrong_at_the_start_is_told_a_line_each(tmp_path: Path) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        away = f"http://127.0.0.1:{probe.getsockname()[1]}"
+    values = {"label_studio_url": away, "data_dir": tmp_path, "weights": "/nowhere/mine.pt"}
+    told: list[str] = []
+    doctor_command.tell_first(Settings(_env_file=None, **values), told.append)
+    assert told[0].startswith(f"Label Studio at {away} does not answer: ")
+    assert told[0].endswith(". -> Start Label Studio, or set LABEL_STUDIO_URL to where it answers")
+    assert told[1:] == [
+        "HARDFIRST_WEIGHTS is '/nowhere/mine.pt': there is no such file here. "
+        "-> Put the file there, or correct HARDFIRST_WEIGHTS"
+    ]

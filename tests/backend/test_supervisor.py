@@ -169,6 +169,14 @@ def test_secrets_are_not_printed() -> None:
     assert output.lines[0] == "web      | token *** and abc"
 
 
+def test_a_quiet_line_is_not_printed_and_stays_among_the_last() -> None:
+    child = python_child("valkey", "print('never mind: 3')\nprint('hello', flush=True)\nimport time; time.sleep(60)")
+    child.quiet = ("never mind",)
+    output = supervise([child], lambda seen: bool(seen.lines))
+    assert output.lines[0] == "valkey   | hello"
+    assert list(child.last_lines)[:2] == ["never mind: 3", "hello"]
+
+
 def test_a_child_that_does_not_heed_term_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(supervisor, "SECOND_TERM_GRACE", 0.2)
     code = """

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 import sys
 import time
@@ -90,7 +91,10 @@ def test_one_that_ends_at_once_is_reported_without_its_token(
 def test_every_copy_of_the_migrated_folder_has_a_secret_key_of_its_own(tmp_path: Path, fake_python: Path) -> None:
     label_studio_server.copy_migrated_folder(fake_python, tmp_path / "one")
     label_studio_server.copy_migrated_folder(fake_python, tmp_path / "two")
-    assert sorted(path.name for path in (tmp_path / "one").iterdir()) == ["label_studio.sqlite3"]
+    assert sorted(path.name for path in (tmp_path / "one").iterdir()) == [".env", "label_studio.sqlite3"]
+    one, two = ((tmp_path / name / ".env").read_text() for name in ("one", "two"))
+    assert re.fullmatch(r"SECRET_KEY=[0-9a-f]{64}\n", one)  # with a dollar sign in front it would not be read back
+    assert one != two
     assert len(list((tmp_path / "cache").glob("ls-data-????????????????"))) == 1
     assert not list((tmp_path / "cache").glob("*.unfinished"))
 

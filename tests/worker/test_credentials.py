@@ -35,7 +35,9 @@ PERSONAL = jwt(token_type="refresh", exp=time.time() + 1e9)
         ("0123456789abcdef", Kind.LEGACY),
         ("with.a-dot", Kind.LEGACY),
         (PERSONAL, Kind.PERSONAL),
-        (jwt(token_type="refresh", signed=False), Kind.CUT),
+        (jwt(token_type="refresh", signed=False), Kind.CUT),  # as Label Studio's list of tokens shows it
+        (PERSONAL[:60], Kind.CUT),
+        (PERSONAL.partition(".")[0], Kind.CUT),
         (jwt(token_type="access"), Kind.SHORT_LIVED),
         ("a.%%%.c", Kind.PERSONAL),
     ],
@@ -66,7 +68,8 @@ def test_a_life_is_told_by_the_token_alone_whatever_the_clock_here_says() -> Non
         (PERSONAL, '{"detail":"Token is blacklisted"}', "the personal access token was revoked"),
         (PERSONAL, '{"detail":"Token is invalid or expired"}', "the personal access token is damaged"),
         (jwt(exp=1), "Token is invalid or expired", "the personal access token has expired"),
-        (jwt(token_type="refresh", signed=False), "", "without its last part"),
+        (jwt(token_type="refresh", signed=False), "", "without its end"),
+        (PERSONAL[:60], "", "without its end"),
         (jwt(token_type="access"), "", "an access token of a few minutes"),
     ],
 )

@@ -23,7 +23,7 @@ from sqlalchemy import select, text, update
 from worker import crew, doctor, doctor_project, queue, rounds, steps
 from worker.boxes import LabelMap
 from worker.doctor import Check, Look, Status, deployment_looks, failed, ok, run, services_for
-from worker.errors import Conflict
+from worker.errors import Conflict, WeightsUnavailable
 from worker.processes import running_valkey
 from worker.services import Services
 from worker.settings import ProjectSettings, Settings
@@ -359,6 +359,26 @@ def test_weights_that_are_named_must_be_there_and_be_weights(
     found = doctor.look_at_weights(make(weights="yolo11n.yaml"))
     assert found.status is Status.WARNING
     assert "from scratch" in found.sentence
+
+
+def test_a_name_that_is_no_weights_file_is_one_sentence(tmp_path: Path) -> None:
+    from worker.detector import load_model
+
+    (tmp_path / "README.md").write_text("no weights")
+    with pytest.raises(WeightsUnavailable, match=r"README\.md is not weights that ultralytics can load") as refused:
+        load_model(tmp_path / "README.md")
+    assert "❌" not in str(refused.value)
+
+
+@pytest.mark.parametrize("named", ["", "yolo11n.pt", "s3://models/mine.pt", "HERE"])
+def test_the_first_look_at_weights_asks_for_the_file_alone(
+    make: Callable[..., Services], tmp_path: Path, named: str
+) -> None:
+    (tmp_path / "mine.pt").write_text("no weights, and nobody reads it")
+    assert doctor.look_for_weights(make(weights=named.replace("HERE", str(tmp_path / "mine.pt")))).status is Status.OK
+    found = doctor.look_for_weights(make(weights=str(tmp_path / "yours.pt")))
+    assert (found.status, found.fix) == (Status.FAILED, "Put the file there, or correct HARDFIRST_WEIGHTS")
+    assert found.sentence == f"HARDFIRST_WEIGHTS is '{tmp_path / 'yours.pt'}': there is no such file here"
 
 
 @pytest.mark.parametrize(

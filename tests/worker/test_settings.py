@@ -7,7 +7,14 @@ from typing import Any
 import pytest
 
 from worker.errors import SettingsInvalid
-from worker.settings import ProjectSettings, Settings, load_settings, parse_project_settings
+from worker.settings import (
+    ProjectSettings,
+    Settings,
+    load_settings,
+    parse_project_settings,
+    unknown_variables,
+    variable_of,
+)
 
 
 @pytest.mark.parametrize("nothing", [None, "", "{}", "null", {}])
@@ -33,8 +40,9 @@ def test_settings_come_as_an_object_or_as_text_that_holds_one() -> None:
         ({"epoch": 3}, "unknown setting 'epoch'; did you mean 'epochs'?"),
         ({"zzz": 3}, "unknown setting 'zzz'; known are batch_size, class_weights, close_mosaic"),
         ({"strategy": "hybird"}, "strategy 'hybird' is unknown; did you mean 'hybrid'?"),
-        ({"batch_size": 0}, "batch_size: Input should be greater than or equal to 1 (given: '0')"),
-        ({"batch_size": "200"}, "batch_size: Input should be a valid integer"),
+        ({"batch_size": 0}, "batch_size: Input should be greater than or equal to 1 (given: 0)"),
+        ({"nonsense": 3}, "unknown setting 'nonsense'; known are batch_size"),
+        ({"batch_size": "200"}, "valid integer (given: '200', a text: write it without the quotes)"),
         ({"batch_size": True}, "batch_size: Input should be a valid integer"),
         ({"batch_size": 10**400}, "batch_size: "),
         ({"imgsz": 100}, "imgsz: Input should be a multiple of 32"),
@@ -114,8 +122,32 @@ def test_a_user_without_a_password_guards_nothing_and_is_refused(
 
 def test_a_variable_that_cannot_be_right_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HARDFIRST_PORT", "99999")
-    with pytest.raises(SettingsInvalid, match=r"port|PORT"):
+    with pytest.raises(SettingsInvalid, match=r"^HARDFIRST_PORT: Input should be less than or equal to 65535"):
         load_settings()
+    with pytest.raises(SettingsInvalid, match=r"^HARDFIRST_PORT: .* less than or equal to 65535 .given: 70000."):
+        load_settings(port=70_000)  # as the command line gives it
+
+
+@pytest.mark.parametrize(
+    ("variable", "address"),
+    [("LABEL_STUDIO_URL", "localhost:8080"), ("HARDFIRST_URL", "backend.example"), ("LABEL_STUDIO_URL", "http://")],
+)
+def test_an_address_without_its_scheme_is_refused(variable: str, address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(variable, address)
+    with pytest.raises(SettingsInvalid, match=f"^{variable}: an address begins with http://.*given: '{address}'"):
+        load_settings()
+
+
+def test_what_is_named_as_a_setting_and_is_none_is_told(tmp_path: Path) -> None:
+    env_file = tmp_path / ".env"
+    env_file.write_text("HARDFIRST_WEIGTHS=best.pt\nLABEL_STUDIO_USERNAME=ann\nHARDFIRST_PORT=9091\n")
+    environment = {"HARDFIRST_USR": "ann", "HARDFIRST_CACHE": "/cache", "HARDFIRST_ZZZ": "1", "PATH": "/bin"}
+    assert unknown_variables(environment, env_file) == [
+        "HARDFIRST_USR is no setting and counts for nothing; did you mean 'HARDFIRST_USER'?",
+        "HARDFIRST_WEIGTHS is no setting and counts for nothing; did you mean 'HARDFIRST_WEIGHTS'?",
+        "HARDFIRST_ZZZ is no setting and counts for nothing; see docs/settings.md",
+    ]
+    assert unknown_variables({variable_of(name): "" for name in Settings.model_fields}, tmp_path / "none") == []
 
 
 def test_every_setting_says_what_it_is() -> None:
