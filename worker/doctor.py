@@ -29,11 +29,8 @@ from worker.settings import Settings
 EXPIRES_SOON = 14.0  # days
 WORKER_PATIENCE = 25.0  # seconds for a worker to answer: loading torch takes it ten on a busy machine
 START_IT = "Start `hardfirst up`"
-<<<<<<< HEAD
 TRIED_WITH = "1.23.2"  # the Label Studio that the tests start, see requirements-label-studio.lock
-=======
 CORRECT_WEIGHTS = "Put the file there, or correct HARDFIRST_WEIGHTS"
->>>>>>> 3042f75 (What a stranger mistypes is told at once: addresses, variables, tokens, weights; a quiet Valkey)
 
 
 class Status(StrEnum):

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 HIGH, LOW = 0.7, 0.3  # of a part of the utility
 CLEARLY = 0.1  # more uncertain than the drawn boxes explain: it comes from one below the confidence they are drawn from
+# their uncertainty adds up what all boxes leave open, over the most there is in the pool: it says nothing of one box
+_ADDED_UP = ("hybrid_k_center",)
 # their diversity is measured against what was labelled or taken before
 _BY_LABELLED = ("k_center", "coverage", "hybrid_k_center", "hybrid_coverage")
 
@@ -47,6 +49,8 @@ def _uncertainty_words(
 ) -> str:
     if uncertainty is None:
         return ""
+    if strategy in _ADDED_UP:
+        return _words_of_all(uncertainty, boxes, measure)
     if strategy == "committee" and uncertainty >= HIGH:
         return "the committee's members disagree"
     if boxes and uncertainty > LOW:
@@ -57,6 +61,18 @@ def _uncertainty_words(
     if uncertainty > LOW:
         return "no box is sure enough to be drawn, but something may be there"
     return "the detector is rather sure of it"
+
+
+def _words_of_all(uncertainty: float, boxes: Sequence[tuple[str, float]], measure: str) -> str:
+    if not boxes:
+        return "no box is sure enough to be drawn"
+    label, confidence = min(boxes, key=lambda box: certainty(box[1], measure))
+    least = f"{label} {confidence:.2f}".replace(" 0.", " .")
+    if uncertainty >= HIGH:
+        return f"few images leave as much open; least sure box: {least}"
+    if confidence >= HIGH:
+        return "the detector is rather sure of what is drawn"
+    return f"most uncertain box: {least} against background" if len(boxes) == 1 else f"least sure box: {least}"
 
 
 def _diversity_words(strategy: str, diversity: float | None, any_labelled: bool) -> str:

@@ -29,6 +29,12 @@ def task(*scores: float, label: str = "wire", **values: Any) -> BatchTask:
         ("hybrid", task(0.9, uncertainty=0.1, diversity=0.1), "the detector is rather sure of it; a typical image"),
         ("committee", task(0.6, uncertainty=0.9), "the committee's members disagree"),
         ("random", task(0.6), "drawn at random"),
+        ("hybrid_k_center", task(0.9, 0.41), "least sure box: wire .41"),
+        ("hybrid_k_center", task(0.41, uncertainty=0.1), f"{DOUBT} .41 against background"),
+        ("hybrid_k_center", task(0.9, 0.41, uncertainty=0.8), "few images leave as much open; least sure box: wire .41"),
+        ("hybrid_k_center", task(0.9, 0.8), "the detector is rather sure of what is drawn"),
+        ("hybrid_k_center", task(uncertainty=0.1), "no box is sure enough to be drawn"),
+        ("hybrid_k_center", task(uncertainty=None, diversity=0.9), "unlike anything labelled or chosen before"),
     ],
 )
 def test_why_a_task_is_in_the_batch(strategy: str, found: BatchTask, words: str) -> None:
@@ -51,6 +57,8 @@ def test_the_measure_says_which_box_is_the_most_uncertain() -> None:
         ("hybrid", {"alpha": 1.0, "beta": 1.0}, (0.5, 0.5)),  # as hybrid_utility divides them
         ("hybrid", {"alpha": 0.2, "beta": 0.3}, (0.2, 0.3)),
         ("coverage", {}, None),
+        ("hybrid_k_center", {"mix": "sum", "alpha": 0.5, "beta": 0.5}, (0.5, 0.5)),
+        ("hybrid_k_center", {}, None),  # a product
         ("hybrid", {"alpha": 9}, None),
         ("gone", {}, None),
     ],

@@ -71,9 +71,8 @@ def run(weights: Path, folder: Path, tmp_path: Path) -> Run:
     def run(**changes: Any) -> offline.Ranking:
         given = {"sources": (str(folder),), "weights": (weights,), "k": 4, "imgsz": IMGSZ, "out": tmp_path / "out"}
         if "strategy" not in changes and len(changes.get("weights", (weights,))) == 1:
-            # 50 clusters would be one for each image, and to a random network all images look alike
-            plain = ("n_clusters=4", "near_duplicate_threshold=0.999999")
-            changes["options"] = (*plain, *changes.get("options", ()))
+            # to a random network all images look alike
+            changes["options"] = ("near_duplicate_threshold=0.999999", *changes.get("options", ()))
         return rank(Request(**{**given, **changes}), Settings(device="cpu"))
 
     return run
@@ -93,7 +92,8 @@ def results(ranking: offline.Ranking) -> tuple[dict[str, Any], Path]:
 
 
 def test_the_batch_is_k_distinct_images_by_falling_utility_and_its_parts_add_up(run: Run) -> None:
-    told, _ = results(run())
+    options = ("n_clusters=4", "near_duplicate_threshold=0.999999")  # 50 clusters would be one for each image
+    told, _ = results(run(strategy="hybrid", options=options))
     entries = told["images"]
     assert [one["rank"] for one in entries] == [1, 2, 3, 4]
     assert len({one["image"] for one in entries}) == 4
@@ -139,7 +139,7 @@ def test_the_same_images_named_in_another_way_give_the_same_answer(run: Run, fol
 
 
 def test_options_reach_the_strategy_and_the_reading(run: Run) -> None:
-    by_doubt = run(options=("alpha=1", "beta=0"))
+    by_doubt = run(strategy="hybrid", options=("alpha=1", "beta=0", "near_duplicate_threshold=0.999999"))
     for position, utility in by_doubt.batch.utilities.items():
         assert utility == pytest.approx(by_doubt.table.measures[position, 0])
     everything = run(options=("confidence=.99", "threshold=.99", "empty=certain"))

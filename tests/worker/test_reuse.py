@@ -19,6 +19,7 @@ from worker.settings import ProjectSettings, Settings
 from worker.store import get_project, get_round, scores, tasks, write_rows
 from worker.store import rounds as round_rows
 from worker.store import steps as step_rows
+from worker.uncertainty import said_in_full
 from worker.work import Work
 
 CONFIG = (
@@ -196,11 +197,15 @@ def test_scores_under_other_settings_are_not_taken_over(
     assert scorer.seen == [1, 2, 3, 4, 5] * 2
 
 
-def test_a_strategy_changes_no_score(own: Services, scorer: CountingScorer) -> None:
+def test_a_strategy_that_reads_uncertainty_alike_changes_no_score(own: Services, scorer: CountingScorer) -> None:
     score_everything(own)
-    open_another(own, strategy="entropy")
+    read_alike = said_in_full(ProjectSettings())
+    open_another(own, strategy="entropy", **read_alike)
     score_everything(own)
     assert scorer.seen == [1, 2, 3, 4, 5]
+    open_another(own, strategy="entropy")  # by its own rule
+    score_everything(own)
+    assert scorer.seen == [1, 2, 3, 4, 5] * 2
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,8 @@ from worker.settings import (
 def test_no_settings_are_the_defaults(nothing: object) -> None:
     settings = parse_project_settings(nothing)
     assert settings == ProjectSettings()
-    assert (settings.strategy, settings.batch_size, settings.epochs, settings.imgsz) == ("hybrid", 200, 80, 640)
+    assert settings.strategy == "hybrid_k_center"
+    assert (settings.batch_size, settings.epochs, settings.imgsz) == (200, 80, 640)
     assert (settings.max_rounds, settings.min_map_gain, settings.confidence) == (10, 0.005, 0.25)
     assert settings.labels_per_round is None
     assert settings.holdout_size is None

@@ -1,4 +1,4 @@
-"""How a project's settings read uncertainty; the defaults read as the measures themselves do."""
+"""How a project's settings read uncertainty; a strategy of the textbooks reads as the measures themselves do."""
 
 from __future__ import annotations
 
@@ -11,7 +11,14 @@ from numpy.typing import NDArray
 
 from strategies.uncertainty import MEASURES, image_uncertainty
 from worker.settings import ProjectSettings
-from worker.uncertainty import lowest_candidate, measures_of, reading_of, weights_of_classes
+from worker.uncertainty import (
+    lowest_candidate,
+    measures_of,
+    reading,
+    reading_of,
+    said_in_full,
+    weights_of_classes,
+)
 
 
 @dataclass
@@ -25,13 +32,29 @@ def seen(*rows: tuple[float, float], best: tuple[float, float] = (0.01, 0.02)) -
 
 
 def read(look: Seen, **settings: Any) -> float:
-    return measures_of(look, ProjectSettings(**settings))["least_confidence"]
+    return measures_of(look, ProjectSettings(**{"strategy": "hybrid", **settings}))["least_confidence"]
 
 
 @pytest.mark.parametrize("look", [seen((0.9, 0.1), (0.1, 0.3)), seen((0.1, 0.0)), seen()])
-def test_the_defaults_read_as_the_measures_do(look: Seen) -> None:
+def test_a_strategy_of_the_textbooks_reads_as_the_measures_do(look: Seen) -> None:
     rows = look.probabilities if len(look.probabilities) else look.best_candidate[None, :]
-    assert measures_of(look, ProjectSettings()) == {name: image_uncertainty(rows, name) for name in MEASURES}
+    expected = {name: image_uncertainty(rows, name) for name in MEASURES}
+    assert measures_of(look, ProjectSettings(strategy="hybrid")) == expected
+
+
+def test_the_default_adds_up_what_boxes_from_a_tenth_on_leave_open() -> None:
+    look = seen((0.75, 0.0), (0.0, 0.5), (0.125, 0.0), (0.0625, 0.0))
+    assert read(look, strategy="hybrid_k_center") == pytest.approx(0.25 + 0.5 + 0.875)
+    assert read(look, strategy="hybrid_k_center", uncertainty_aggregate="max") == pytest.approx(0.875)
+    assert read(look, strategy="hybrid_k_center", uncertainty_threshold=0.25) == pytest.approx(0.75)
+    assert read(seen(best=(0.0625, 0.0)), strategy="hybrid_k_center") == pytest.approx(0.9375)
+    assert reading(ProjectSettings()) == reading(ProjectSettings(**said_in_full(ProjectSettings()), strategy="entropy"))
+
+
+def test_weights_of_classes_can_be_refused_where_they_are_the_default() -> None:
+    names, counts = {0: "nut", 1: "wire"}, {"nut": 90, "wire": 0}
+    assert weights_of_classes(ProjectSettings(), names, counts) is not None
+    assert weights_of_classes(ProjectSettings(class_weights=False), names, counts) is None
 
 
 def test_a_lower_threshold_counts_weaker_boxes() -> None:
@@ -57,8 +80,8 @@ def test_boxes_become_one_number_as_the_aggregate_says() -> None:
 
 def test_rare_classes_count_for_more_when_that_is_set() -> None:
     names, counts = {0: "nut", 1: "wire"}, {"nut": 90, "wire": 0}
-    assert weights_of_classes(ProjectSettings(), names, counts) is None
-    weighing = ProjectSettings(class_weights=True)
+    assert weights_of_classes(ProjectSettings(strategy="hybrid"), names, counts) is None
+    weighing = ProjectSettings(strategy="hybrid", class_weights=True)
     weights = weights_of_classes(weighing, names, counts)
     assert weights is not None
     assert weights.tolist() == pytest.approx([np.sqrt(55 / 100), np.sqrt(55 / 10)])
@@ -78,15 +101,16 @@ def test_the_detector_keeps_candidates_as_low_as_anybody_looks() -> None:
 
 
 def test_only_what_changes_a_measure_changes_its_key() -> None:
-    default = reading_of(ProjectSettings(), {"nut": 3})
-    assert default == reading_of(ProjectSettings(uncertainty_n=3, batch_size=7), {"nut": 9})
-    for settings in (
-        ProjectSettings(uncertainty_threshold=0.1),
-        ProjectSettings(uncertainty_empty="certain"),
-        ProjectSettings(uncertainty_aggregate="mean"),
-        ProjectSettings(class_weights=True),
+    classic = reading_of(ProjectSettings(strategy="hybrid"), {"nut": 3})
+    assert classic == reading_of(ProjectSettings(strategy="entropy", uncertainty_n=3, batch_size=7), {"nut": 9})
+    for changed in (
+        {"uncertainty_threshold": 0.1},
+        {"uncertainty_empty": "certain"},
+        {"uncertainty_aggregate": "mean"},
+        {"class_weights": True},
+        {"strategy": "hybrid_k_center"},
     ):
-        assert reading_of(settings, {"nut": 3}) != default
+        assert reading_of(ProjectSettings(**{"strategy": "hybrid", **changed}), {"nut": 3}) != classic
     weighing = ProjectSettings(class_weights=True)
     assert reading_of(weighing, {"nut": 3}) != reading_of(weighing, {"nut": 9})
 
