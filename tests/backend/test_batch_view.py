@@ -31,7 +31,7 @@ def task(*scores: float, label: str = "wire", **values: Any) -> BatchTask:
         ("random", task(0.6), "drawn at random"),
         ("hybrid_k_center", task(0.9, 0.41), "least sure box: wire .41"),
         ("hybrid_k_center", task(0.41, uncertainty=0.1), f"{DOUBT} .41 against background"),
-        ("hybrid_k_center", task(0.9, 0.41, uncertainty=0.8), "few images leave as much open; least sure box: wire .41"),
+        ("hybrid_k_center", task(0.9, 0.4, uncertainty=0.8), "few images leave as much open; least sure box: wire .40"),
         ("hybrid_k_center", task(0.9, 0.8), "the detector is rather sure of what is drawn"),
         ("hybrid_k_center", task(uncertainty=0.1), "no box is sure enough to be drawn"),
         ("hybrid_k_center", task(uncertainty=None, diversity=0.9), "unlike anything labelled or chosen before"),
