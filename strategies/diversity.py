@@ -9,13 +9,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from strategies.arrays import Booleans, Floats, Integers, as_count, as_embeddings, as_groups, as_mask, as_vector
-from strategies.mixing import mixed
+from strategies.mixing import combined, weighted
 
 Vector = NDArray[np.float64]
 
@@ -192,7 +193,11 @@ class Mixture:
         """(N,) squared distances -> (N,) in [0, alpha + beta]; an infinite distance counts as `high`."""
         distances = np.sqrt(squares, dtype=np.float64)
         share = np.where(np.isinf(distances), 1.0, np.minimum(distances / high, 1.0) if high > 0 else 0.0)
-        return mixed(self.uncertainty, share, self.alpha, self.beta, self.mix)
+        return combined(self._weighted_uncertainty, weighted(share, self.beta, self.mix), self.mix)
+
+    @cached_property
+    def _weighted_uncertainty(self) -> Vector:
+        return weighted(self.uncertainty, self.alpha, self.mix)
 
 
 def walk_k_center(
