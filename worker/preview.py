@@ -42,9 +42,10 @@ def preview_settings(connection: Connection, project_id: int, change: Mapping[st
     project = get_project(connection, project_id)
     scored = loads(source.settings)
     base = {name: value for name, value in scored.items() if name not in SELECTION_FIELDS}
-    base |= said_in_full(parse_project_settings(scored))  # another strategy reads the scores that there are
     own = {name: value for name, value in loads(project.extra_params).items() if name in SELECTION_FIELDS}
     merged = {**base, **own, **change}
+    if merged.get("strategy") != scored.get("strategy"):  # it is to read the scores that there are
+        merged |= said_in_full(parse_project_settings(scored))
     return {name: value for name, value in merged.items() if value is not None}
 
 

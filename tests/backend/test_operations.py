@@ -22,11 +22,12 @@ from backend import operations, suspects_view
 from backend.app import create_app
 from worker import queue
 from worker.artifacts import Artifacts, round_key, sha256
-from worker.preview import make_preview
+from worker.preview import make_preview, preview_settings
 from worker.services import Services
-from worker.settings import Settings
+from worker.settings import ProjectSettings, Settings, parse_project_settings
 from worker.store import Store, events, projects, rounds, scores, steps, task_annotations, tasks
 from worker.suspects import find_suspects
+from worker.uncertainty import reading
 
 HOSTILE = """<img src=x onerror=alert(1)>'"\u202ebolt"""
 CONFIG = """<View><Image name="image" value="$image"/><RectangleLabels name="label" toName="image">
@@ -569,7 +570,8 @@ def test_a_preview_chooses_under_other_settings_and_says_what_differs(
     assert found["new_task_ids"] == [20, 19, 18]
     assert found["classes"] == [{"name": HOSTILE, "now": 4, "previewed": 3, "rare": True}]
     assert found["settings"] == {
-        "strategy": "least_confidence", "strategy_options": {}, "batch_size": 3,
+        "strategy": "least_confidence", "strategy_options": {}, "batch_size": 3, "class_weights": True,
+        "uncertainty_threshold": 0.1, "uncertainty_empty": "best_candidate", "uncertainty_aggregate": "sum",
     }  # fmt: skip
     page = client.get(f"/projects/7/previews/{found['id']}").text
     assert "<img src=x" not in page
@@ -578,9 +580,18 @@ def test_a_preview_chooses_under_other_settings_and_says_what_differs(
         assert connection.execute(select(rounds.c.number).order_by(rounds.c.number)).scalars().all() == [0, 1]
 
 
+def test_a_preview_of_another_strategy_reads_the_scores_that_there_are(store: Store, project: int) -> None:
+    """hybrid reads uncertainty otherwise than the default: published so, every image would be scored anew."""
+    with store.write() as connection:
+        published = json.loads(connection.execute(select(rounds.c.settings)).scalars().all()[-1])
+        found = preview_settings(connection, 7, {"strategy": "hybrid", "strategy_options": {}})
+    scored_by = parse_project_settings(published)
+    assert reading(parse_project_settings(found)) == reading(scored_by) != reading(ProjectSettings(strategy="hybrid"))
+
+
 def test_a_preview_begins_with_the_projects_own_choice(client: TestClient, settings: Settings, project: int) -> None:
     found = previewed(client, settings)
-    assert (found["strategy"], found["total"]) == ("hybrid", 4)
+    assert (found["strategy"], found["total"]) == ("hybrid_k_center", 4)
 
 
 @pytest.mark.parametrize(
