@@ -120,9 +120,17 @@ class Manager(LabelStudioMLManager):  # type: ignore[misc]  # label_studio_ml is
 def _ask_here(
     own: Services, project_id: int, images: Sequence[tuple[int, str]], seconds: float
 ) -> list[dict[str, Any]]:
-    """By the model in this process; one request at a time, as the network takes all cores."""
-    with _one_at_a_time:
+    """By the model in this process; one request at a time, as the network takes all cores.
+
+    Raises:
+        TimeoutError: others kept the model busy for so many seconds.
+    """
+    if not _one_at_a_time.acquire(timeout=seconds):
+        raise TimeoutError(f"the model was busy with other requests for {seconds:.0f} s")
+    try:
         return score_alone(own, project_id, images)
+    finally:
+        _one_at_a_time.release()
 
 
 _one_at_a_time = threading.Lock()

@@ -248,6 +248,13 @@ def test_the_stock_server_is_guarded_like_ours(own: Services, start_stock: Calla
         assert client.post("/setup", json=setup_body(), auth=("ls", "let-me-in")).status_code == 200
 
 
+def test_a_model_that_is_busy_is_waited_for_no_longer_than_there_is_time(own: Services) -> None:
+    from backend import stock_server  # it loads torch: not when tests are collected
+
+    with stock_server._one_at_a_time, pytest.raises(TimeoutError, match="busy with other requests"):
+        stock_server._ask_here(own, 1, [(1, "/data/upload/1.jpg")], 0.01)
+
+
 def test_a_real_label_studio_works_with_the_stock_server(stage: Any, start_stock: Callable[..., Stock]) -> None:
     stock = start_stock(stage.services.settings)
     project = stage.new_project(6)
