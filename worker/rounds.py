@@ -6,7 +6,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from sqlalchemy import Connection, Row, bindparam, delete, exists, func, insert, select, update
 
@@ -28,6 +28,7 @@ from worker.store import (
     projects,
     record_event,
     rounds,
+    scores,
     task_annotations,
     tasks,
     upsert,
@@ -530,24 +531,48 @@ def forget_annotations(connection: Connection, project_id: int, annotation_ids: 
 
 
 def remember_tasks(connection: Connection, project_id: int, images: Mapping[int, str]) -> None:
-    """New tasks join the pool; known ones keep their split and get their image's present address."""
-    ids = list(images)
-    known: dict[int, str | None] = {}
-    for start in range(0, len(ids), 500):
-        these = (tasks.c.project_id == project_id, tasks.c.task_id.in_(ids[start : start + 500]))
-        query = select(tasks.c.task_id, tasks.c.image, tasks.c.deleted).where(*these)
-        # a task that was taken for deleted and is there again is brought up to date like one that changed
-        known |= {int(row.task_id): None if row.deleted else str(row.image) for row in connection.execute(query)}
+    """New tasks join the pool; known ones keep their split and get their image's present address.
+
+    A number that was deleted and bears another image is a new task: Label Studio on SQLite numbers imported tasks on
+    from the last one that is there.
+    """
+    known = _known_tasks(connection, project_id, list(images))
     new = [
         {"project_id": project_id, "task_id": task_id, "image": image, "deleted": False}
         for task_id, image in images.items()
         if task_id not in known
     ]
     insert_or_ignore(connection, tasks, new)
-    for task_id, image in images.items():
-        if task_id in known and known[task_id] != image:
-            row = (tasks.c.project_id == project_id, tasks.c.task_id == task_id)
-            connection.execute(update(tasks).where(*row).values(image=image, deleted=False, image_problem=None))
+    changed = [task_id for task_id in known if known[task_id] != (images[task_id], False)]
+    for task_id in changed:
+        row = (tasks.c.project_id == project_id, tasks.c.task_id == task_id)
+        connection.execute(update(tasks).where(*row).values(image=images[task_id], deleted=False, image_problem=None))
+    reused = [task_id for task_id in changed if known[task_id].deleted and known[task_id].image != images[task_id]]
+    _forget_former_tasks(connection, project_id, reused)
+
+
+class _Known(NamedTuple):
+    image: str
+    deleted: bool
+
+
+def _known_tasks(connection: Connection, project_id: int, task_ids: Sequence[int]) -> dict[int, _Known]:
+    known: dict[int, _Known] = {}
+    for start in range(0, len(task_ids), 500):
+        these = (tasks.c.project_id == project_id, tasks.c.task_id.in_(task_ids[start : start + 500]))
+        query = select(tasks.c.task_id, tasks.c.image, tasks.c.deleted).where(*these)
+        known |= {int(row.task_id): _Known(str(row.image), bool(row.deleted)) for row in connection.execute(query)}
+    return known
+
+
+def _forget_former_tasks(connection: Connection, project_id: int, task_ids: Sequence[int]) -> None:
+    """What was known of the tasks that had these numbers before: their split, and what detectors saw on them."""
+    of_project = select(rounds.c.id).where(rounds.c.project_id == project_id)
+    for start in range(0, len(task_ids), 500):
+        chunk = task_ids[start : start + 500]
+        these = (tasks.c.project_id == project_id, tasks.c.task_id.in_(chunk))
+        connection.execute(update(tasks).where(*these).values(holdout=None, seen_round_id=None, twin=False))
+        connection.execute(delete(scores).where(scores.c.round_id.in_(of_project), scores.c.task_id.in_(chunk)))
 
 
 def declare_holdout(connection: Connection, project_id: int, task_ids: Sequence[int]) -> None:

@@ -17,7 +17,7 @@ from redis.exceptions import LockError
 from sqlalchemy import Connection, Row, bindparam, delete, insert, select, update
 
 from worker import queue, steps
-from worker.errors import LabelStudioRefused, PublishIncomplete
+from worker.errors import LabelConfigUnsupported, LabelStudioRefused, PublishIncomplete
 from worker.label_studio import prediction, published_score
 from worker.reuse import image_digest, known_scores, remember_key, scored_so_far, shard_embeddings, shard_is_scored
 from worker.rounds import label_map_of
@@ -159,7 +159,11 @@ def note_problems(connection: Connection, project_id: int, problems: Mapping[int
 def stored_predictions(
     connection: Connection, project: Row[Any], task_ids: Sequence[int]
 ) -> dict[int, dict[str, Any]]:
-    """What is published for these tasks, by task id: result, score, model_version. The holdout gets no boxes."""
+    """What is published for these tasks, by task id: result, score, model_version. The holdout gets no boxes.
+
+    Nor is there a box of a label that went since: Label Studio may take no prediction of a request with one in it.
+    """
+    shows = _shown_today(project)
     found: dict[int, dict[str, Any]] = {}
     for start in range(0, len(task_ids), 500):
         query = (
@@ -169,11 +173,17 @@ def stored_predictions(
             .where(scores.c.task_id.in_(task_ids[start : start + 500]), scores.c.published_score.is_not(None))
         )
         for row in connection.execute(query):
-            one = prediction(
-                row.task_id, row.regions, row.published_score, project.published_version, bool(row.holdout)
-            )
+            version, held = str(project.published_version), bool(row.holdout)
+            one = prediction(row.task_id, row.regions, row.published_score, version, held, shows)
             found[row.task_id] = {name: one[name] for name in ("result", "score", "model_version")}
     return found
+
+
+def _shown_today(project: Row[Any]) -> Callable[[Mapping[str, Any]], bool]:
+    try:
+        return label_map_of(project).shows
+    except LabelConfigUnsupported:  # no box fits it any more; the order still holds
+        return lambda region: False
 
 
 def holdout_embeddings(own: Services, project_id: int, round_row: Row[Any]) -> NDArray[np.float32]:

@@ -97,9 +97,15 @@ def publish(client: TestClient, n_tasks: int = 3) -> None:
             values = {"task_id": task_id, "image": f"/data/upload/{task_id}.jpg", "holdout": task_id == 1}
             connection.execute(insert(tasks).values(project_id=1, **values))
             stored = {"task_id": task_id, "shard": 0, "published_score": task_id / 10, "rank": task_id - 1}
-            regions = json.dumps([{"id": f"r{task_id}", "type": "rectanglelabels"}])
+            regions = json.dumps([stored_region(task_id)])
             connection.execute(insert(scores).values(round_id=round_id, regions=regions, **stored))
     queue.connect(own.settings.redis_url).flushall()
+
+
+def stored_region(task_id: int, label: str = "cat") -> dict[str, Any]:
+    value = {"x": 10, "y": 10, "width": 20, "height": 20, "rotation": 0, "rectanglelabels": [label]}
+    kind = {"type": "rectanglelabels", "from_name": "label", "to_name": "image"}
+    return {"id": f"r{task_id}", **kind, "value": value}
 
 
 def annotation(number: int, task_id: int, **fields: Any) -> dict[str, Any]:
@@ -212,13 +218,31 @@ def ask(client: TestClient, *task_ids: int) -> Any:
 def test_stored_predictions_are_answered_in_the_order_asked(client: TestClient) -> None:
     publish(client)
     assert ask(client, 3, 1, 2, 3) == [
-        {"result": [{"id": "r3", "type": "rectanglelabels"}], "score": 0.3, "model_version": "al-000000"},
+        {"result": [stored_region(3)], "score": 0.3, "model_version": "al-000000"},
         {"result": [], "score": 0.1, "model_version": "al-000000"},  # the holdout is shown without boxes
-        {"result": [{"id": "r2", "type": "rectanglelabels"}], "score": 0.2, "model_version": "al-000000"},
-        {"result": [{"id": "r3", "type": "rectanglelabels"}], "score": 0.3, "model_version": "al-000000"},
+        {"result": [stored_region(2)], "score": 0.2, "model_version": "al-000000"},
+        {"result": [stored_region(3)], "score": 0.3, "model_version": "al-000000"},
     ]
     assert ask(client) == []
     assert content(client)["queue"] == [[], [], [], []]
+
+
+@pytest.mark.parametrize(
+    ("config", "kept"),
+    [(CONFIG.replace('<Label value="dog"/>', ""), ["r2"]), ('<View><Image name="image" value="$image"/></View>', [])],
+    ids=["another label went", "no boxes any more"],
+)
+def test_what_is_stored_is_answered_without_the_boxes_of_labels_that_went(
+    client: TestClient, config: str, kept: list[str]
+) -> None:
+    publish(client)
+    with services(client).store.write() as connection:
+        dog = json.dumps([stored_region(3, "dog")])
+        connection.execute(update(scores).where(scores.c.task_id == 3).values(regions=dog))
+        connection.execute(update(projects).values(label_config=config))
+    second, third = ask(client, 2, 3)
+    assert [region["id"] for region in second["result"]] == kept
+    assert third == {"result": [], "score": 0.3, "model_version": "al-000000"}
 
 
 def test_without_a_worker_unknown_tasks_are_answered_in_time_as_pending(

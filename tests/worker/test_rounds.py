@@ -15,6 +15,7 @@ from worker.errors import Conflict, NotFound
 from worker.settings import ProjectSettings
 from worker.store import (
     Store,
+    count_new_labels,
     events,
     get_project,
     latest_round,
@@ -389,6 +390,28 @@ def test_a_task_that_was_missed_by_a_listing_comes_back(published: Store) -> Non
         assert rounds.not_for_training(connection, 7) == {9, 10}  # taken for deleted, it is still no training image
         rounds.remember_tasks(connection, 7, {9: "9.jpg"})
         assert rounds.holdout_of(connection, 7)[9] is True
+
+
+def test_a_number_that_is_used_again_is_a_new_task(published: Store) -> None:
+    """Label Studio on SQLite gives the numbers of deleted tasks to the next import."""
+    with published.write() as connection:
+        label(connection, 1)
+        round_id = rounds.open_round(connection, 7, "an admin")
+        scored = [{"round_id": round_id, "task_id": number, "shard": 0, "regions": "[]"} for number in (1, 8, 9)]
+        connection.execute(insert(scores), scored)
+        rounds.mark_deleted(connection, 7, [1, 8, 9])
+        rounds.remember_tasks(connection, 7, {1: "another.jpg", 8: "8.jpg", 9: "yet-another.jpg"})
+        rows = {row.task_id: row for row in connection.execute(select(tasks))}
+        assert [(rows[one].image, rows[one].holdout, rows[one].seen_round_id) for one in (1, 8, 9)] == [
+            ("another.jpg", None, None),
+            ("8.jpg", False, None),  # the same image: it was only missed
+            ("yet-another.jpg", None, None),
+        ]
+        assert not any(rows[one].deleted for one in (1, 8, 9))
+        assert connection.execute(select(scores.c.task_id)).scalars().all() == [8]
+        label(connection, 1)
+        counted = count_new_labels(connection, 7, holdout_too=False)
+    assert counted == 1
 
 
 def test_twins_of_the_holdout_are_not_for_training(published: Store) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -102,12 +103,14 @@ def test_nothing_is_sent_while_a_new_version_is_written(own: Services) -> None:
 
 
 def test_stored_predictions_of_the_holdout_have_no_boxes(own: Services) -> None:
+    kind = {"type": "rectanglelabels", "from_name": "label", "to_name": "image"}
+    region = {"id": "a", **kind, "value": {"rectanglelabels": ["nut"]}}
     with own.store.write() as connection:
-        connection.execute(update(scores).values(regions='[{"id": "a"}]'))
+        connection.execute(update(scores).values(regions=json.dumps([region])))
         connection.execute(update(tasks).where(tasks.c.task_id == 2).values(holdout=True))
         found = scoring.stored_predictions(connection, get_project(connection, 7), [1, 2, 99])
     assert found == {
-        1: {"result": [{"id": "a"}], "score": 0.7, "model_version": "al-000000"},
+        1: {"result": [region], "score": 0.7, "model_version": "al-000000"},
         2: {"result": [], "score": 0.7, "model_version": "al-000000"},
     }
 
