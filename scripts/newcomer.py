@@ -31,6 +31,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
+import psutil
 import typer
 
 from backend.cli import app
@@ -42,16 +43,19 @@ from demo.oracle import Dataset, TrueImage, everything_unlabelled, regions
 from worker.errors import HardfirstError, TrainingFailed, Unavailable
 from worker.label_studio import model_version
 from worker.processes import die_with_parent
-from worker.settings import parse_project_settings
+from worker.settings import Settings, parse_project_settings, variable_of
 
 ROOT = Path(__file__).resolve().parent.parent
 SECTION = "The first ten minutes with your own Label Studio"
+SCORE_SECTION = "Before you connect anything"
 LABEL_STUDIO_URL, BACKEND_URL = "http://localhost:8080", "http://localhost:9090"
 EMAIL, PASSWORD = "newcomer@example.com", "newcomer-password"
 IMAGES, SEED = 60, 11  # of the generated ones
+SCORED = 15  # of them, and as many at random
 # What the README's JSON is replaced by: 30 labels, and a round that takes a CPU a minute.
 SMALL = {"batch_size": 18, "holdout_size": 12, "epochs": 2, "imgsz": 96, "train_batch": 4}
 MINUTES, FRESH_MINUTES = 15.0, 60.0
+NUMBERS = ("no", "one", "two", "three", "four", "five", "six")
 CARD_STATES = {"CO": "Connected", "ER": "Error", "DI": "Disconnected"}
 # Nothing is sent to Label Studio's makers from here, and no browser of this machine is opened.
 QUIET = {
@@ -80,13 +84,14 @@ PASSED_ON_TOO = re.compile(r"(?i)^(pip_\w+|\w+_proxy)$")
 
 @dataclass(frozen=True)
 class Said:
-    """A passage of the README, and the line it begins on."""
+    """A passage of the README or of another page, and the line it begins on."""
 
     text: str
     line: int
+    page: str = "README.md"
 
     def __str__(self) -> str:
-        return f"README.md:{self.line}: “{textwrap.shorten(self.text, 110, placeholder=' ...')}”"
+        return f"{self.page}:{self.line}: “{textwrap.shorten(self.text, 110, placeholder=' ...')}”"
 
 
 class TextWrong(Exception):
@@ -109,6 +114,8 @@ class Guide:
     sign_up_at: Said
     start_hardfirst: Said
     backend: Said
+    workers: Said
+    data_folder: Said
     upload: Said
     model_name: Said
     model_url: Said
@@ -122,6 +129,9 @@ class Guide:
     report: Said
     report_file: Said
     prefix: Said
+    score: Said
+    score_files: tuple[Said, ...]
+    screens: tuple[Said, ...]
 
 
 @dataclass(frozen=True)
@@ -131,19 +141,28 @@ class Passage:
     readme: str
     start: int
     end: int
+    page: str = "README.md"
 
     def find(self, pattern: str, what: str) -> Said:
         """The first group of the pattern, its white space folded."""
         found = re.compile(pattern.replace(" ", r"\s+")).search(self.readme, self.start, self.end)
         if found is None:
             raise TextWrong(self.head(), f"nothing here names {what}")
-        return Said(" ".join(found.group(1).split()), self.line_at(found.start(1)))
+        return self.said(found, 1)
+
+    def every(self, pattern: str) -> Iterator[Said]:
+        for found in re.finditer(pattern, self.readme[: self.end]):
+            if found.start() >= self.start:
+                yield self.said(found, 1)
+
+    def said(self, found: re.Match[str], group: int) -> Said:
+        return Said(" ".join(found.group(group).split()), self.line_at(found.start(group)), self.page)
 
     def blocks(self) -> Iterator[Said]:
         """The shell blocks, as a reader copies them."""
         fences = re.compile(r"^ *```sh\n(.*?)^ *```", re.DOTALL | re.MULTILINE)
         for found in fences.finditer(self.readme, self.start, self.end):
-            yield Said(textwrap.dedent(found.group(1)).strip(), self.line_at(found.start(1)))
+            yield Said(textwrap.dedent(found.group(1)).strip(), self.line_at(found.start(1)), self.page)
 
     def block(self, command: str) -> Said:
         """The shell block that has this command."""
@@ -156,7 +175,7 @@ class Passage:
         return self.readme.count("\n", 0, offset) + 1
 
     def head(self) -> Said:
-        return Said(self.readme[self.start : self.end].strip().partition("\n")[0], self.line_at(self.start))
+        return Said(self.readme[self.start : self.end].strip().partition("\n")[0], self.line_at(self.start), self.page)
 
 
 def read_guide(readme: str) -> Guide:
@@ -165,17 +184,15 @@ def read_guide(readme: str) -> Guide:
         TextWrong: something is not there; it names the passage that should have it.
     """
     all_of_it = Passage(readme, 0, len(readme))
-    heading = re.search(rf"^## {SECTION}$", readme, re.MULTILINE)
-    if heading is None:
-        raise TextWrong(all_of_it.head(), f"there is no section “{SECTION}”")
-    following = re.search(r"^## ", readme[heading.end() :], re.MULTILINE)
-    section = Passage(readme, heading.start(), heading.end() + following.start() if following else len(readme))
+    section, scoring = _section(all_of_it, SECTION), _section(all_of_it, SCORE_SECTION)
     return Guide(
         label_studio=section.find(r"pip install label-studio==([\d.]+)", "Label Studio's version"),
         start_label_studio=section.block("label-studio start"),
         sign_up_at=section.find(r"sign up at <([^>]+)>", "where to sign up"),
         start_hardfirst=section.block("make up"),
         backend=section.find(r"the backend on <([^>]+)>", "the backend's address"),
+        workers=section.find(r"the backend on <[^>]+> and (\w+) workers", "how many workers start"),
+        data_folder=section.find(r"Its data is in `([^`]+)`", "where its data is"),
         upload=section.block("hardfirst upload"),
         model_name=section.find(r"Name: `([^`]+)`", "the model's name"),
         model_url=section.find(r"Backend URL: `([^`]+)`", "the Backend URL"),
@@ -189,7 +206,19 @@ def read_guide(readme: str) -> Guide:
         report=all_of_it.find(r"\| `(hardfirst report)` \|", "the report's command"),
         report_file=all_of_it.find(r"project's report \(`([^`]+)`", "the report's file"),
         prefix=all_of_it.find(r"In a clone, `([^`]+)` is that command", "the command's place in a clone"),
+        score=scoring.block("hardfirst score"),
+        score_files=tuple(scoring.every(r"`(\w+/[\w.]+\.\w+)`")),
+        screens=tuple(section.every(r"(?<![*\w])\*([^*`]+)\*(?!\*)")),
     )
+
+
+def _section(whole: Passage, title: str) -> Passage:
+    heading = re.search(rf"^## {title}$", whole.readme, re.MULTILINE)
+    if heading is None:
+        raise TextWrong(whole.head(), f"there is no section “{title}”")
+    following = re.search(r"^## ", whole.readme[heading.end() :], re.MULTILINE)
+    end = heading.end() + following.start() if following else len(whole.readme)
+    return Passage(whole.readme, heading.start(), end, whole.page)
 
 
 def checked(readme: str, root: Path) -> Guide:
@@ -203,6 +232,11 @@ def checked(readme: str, root: Path) -> Guide:
     for said in whole.blocks():
         _check_block(said, root)
     _check_spans(whole)
+    for place in sorted((root / "docs").glob("*.md")):
+        page = place.read_text(encoding="utf-8")
+        for said in Passage(page, 0, len(page), f"docs/{place.name}").blocks():
+            _check_block(said, root)
+        _check_spans(Passage(page, 0, len(page), f"docs/{place.name}"))
     check_guide(guide, root)
     locked = (root / "requirements-label-studio.lock").read_text(encoding="utf-8")
     if f"label-studio=={guide.label_studio.text}\n" not in locked:  # what people install is what is tested
@@ -226,6 +260,11 @@ def check_guide(guide: Guide, root: Path) -> None:
         raise TextWrong(guide.prefix, "the clone has no such file")
     fill_in(guide.start_hardfirst, {"LABEL_STUDIO_API_KEY=...": ""})
     fill_in(guide.upload, {"images/": "", "--classes bolt,nut": ""})
+    fill_in(guide.score, {"images/": "", "yours.pt": "", "--k 200": ""})
+    variables = {variable_of(name) for name in Settings.model_fields}
+    for name in re.findall(r"^echo (\w+)=", guide.start_hardfirst.text, re.MULTILINE):
+        if name not in variables:
+            raise TextWrong(guide.start_hardfirst, f"no setting has the name {name}")
     for said in (guide.sign_up_at, guide.backend, guide.model_url, guide.page):
         if urlsplit(said.text).scheme != "http":
             raise TextWrong(said, "this is no address")
@@ -237,7 +276,7 @@ def _check_block(said: Said, root: Path) -> None:
         raise TextWrong(said, parsed.stderr.strip())
     targets = set(re.findall(r"^([\w-]+):", (root / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
     for number, line in enumerate(said.text.splitlines()):
-        here = Said(line, said.line + number)
+        here = Said(line, said.line + number, said.page)
         for target in re.findall(r"\bmake ([\w-]+)", line):
             if target not in targets:
                 raise TextWrong(here, f"the Makefile has no target `{target}`")
@@ -248,8 +287,8 @@ def _check_block(said: Said, root: Path) -> None:
 def _check_spans(readme: Passage) -> None:
     """hardfirst's commands with arguments, where they are named in the text."""
     for found in re.finditer(r"`((?:scripts/)?hardfirst \w+\s[^`]+)`", readme.readme):
-        text = " ".join(found.group(1).split())
-        _check_command(Said(text, readme.line_at(found.start())), text)
+        said = readme.said(found, 1)
+        _check_command(said, said.text)
 
 
 def _check_command(said: Said, command: str) -> None:
@@ -272,6 +311,32 @@ def fill_in(said: Said, values: Mapping[str, str]) -> str:
             raise TextWrong(said, f"`{example}`, which a reader replaces, is not in it")
         text = text.replace(example, value)
     return text
+
+
+def check_screens(screens: Sequence[Said], pages: str) -> int:
+    """Whether what the README names in italics, as a way through a screen, is written on one.
+
+    Args:
+        pages: all that Label Studio's pages and ours may show, as source.
+
+    Returns:
+        How many names were found.
+
+    Raises:
+        TextWrong: the first that is on none.
+    """
+    names = [(said, name.strip()) for said in screens for name in said.text.split("→")]
+    for said, name in names:
+        if re.search(rf"(?<!\w){re.escape(name)}(?!\w)", pages) is None:
+            raise TextWrong(said, f"neither Label Studio's pages nor hardfirst's have the words “{name}”")
+    return len(names)
+
+
+def source_of_pages(label_studio_python: Path, root: Path) -> str:
+    """What is written on Label Studio's pages and on ours: their scripts, templates and code."""
+    (theirs,) = label_studio_python.parent.parent.glob("lib/python*/site-packages/web/dist/apps/labelstudio")
+    ours = [*(root / "backend").rglob("*.html"), *(root / "backend").rglob("*.js"), root / "worker" / "label_studio.py"]
+    return "\n".join(one.read_text(encoding="utf-8") for one in (*sorted(theirs.glob("*.js")), *ours))
 
 
 # --- following it ----------------------------------------------------------------------------------------------------
@@ -316,6 +381,7 @@ class Newcomer:
             (guide.doctor, self.ask_doctor),
             (guide.page, self.look_at_page),
             (guide.report, self.write_report),
+            (guide.score, self.score_a_folder),
         ]
         for said, step in steps:
             self.say(f"{step.__name__.replace('_', ' ')} (README.md:{said.line})")
@@ -329,6 +395,9 @@ class Newcomer:
     def start_label_studio(self) -> str:
         """In its own environment, as the README's lock has it; with nobody in it: the newcomer signs up."""
         python = self._label_studio_python()
+        pages = source_of_pages(python, self.clone)
+        guide = self.guide
+        n_names = check_screens([*guide.screens, guide.card, guide.button, guide.tab], pages)
         if not self.fresh:  # its migrations take a minute; a migrated, empty folder is kept in the cache
             copy_migrated_folder(python, self.home / ".local" / "share" / "label-studio")
         url = self.at[LABEL_STUDIO_URL]
@@ -340,17 +409,22 @@ class Newcomer:
         sign_up(self.browser, "/user/signup/", EMAIL, PASSWORD)
         self.api_key = str(_json(self.browser.post("/api/token/"))["token"])
         here = "" if self.fresh else f", on a copy of a migrated {DATABASE_NAME}"
-        return f"Label Studio answers at {url}{here}; signed up, and took a personal access token"
+        found = f"its pages and ours have the {n_names} names of the README"
+        return f"Label Studio answers at {url}{here}; signed up, and took a personal access token; {found}"
 
     def start_hardfirst(self) -> str:
         text = fill_in(self.guide.start_hardfirst, {"=...": f"={self.api_key}"})
         text = text.replace(LABEL_STUDIO_URL, self.at[LABEL_STUDIO_URL])
         url = self._address(self.guide.backend)
         port = {} if url == self.guide.backend.text else {"HARDFIRST_PORT": str(urlsplit(url).port)}
-        self._start("hardfirst", text, port, f"{url}/health")
-        if not (self.clone / "hardfirst-data").is_dir():
-            raise TextWrong(self.guide.start_hardfirst, "there is no hardfirst-data/ then")
-        return f"hardfirst answers at {url}"
+        process = self._start("hardfirst", text, port, f"{url}/health")
+        if not (self.clone / self.guide.data_folder.text).is_dir():
+            raise TextWrong(self.guide.data_folder, f"there is no {self.guide.data_folder.text} then")
+        n_workers = lambda: sum("worker.queue" in one.cmdline() for one in process.children(recursive=True))  # noqa: E731
+        _wait_until(lambda: n_workers() > 0, 30, "no worker was started")
+        if NUMBERS[n_workers()] != self.guide.workers.text:
+            raise TextWrong(self.guide.workers, f"{n_workers()} workers were started")
+        return f"hardfirst answers at {url}, with {n_workers()} workers"
 
     def upload(self) -> str:
         """The images lie in images/, as in the README; what is told about the classes is one's own."""
@@ -447,6 +521,18 @@ class Newcomer:
         numbers = json.loads(written.with_suffix(".json").read_text(encoding="utf-8"))
         return f"{name}: {written.stat().st_size:,} bytes; its numbers have {', '.join(list(numbers)[:6])}"
 
+    def score_a_folder(self) -> str:
+        """With the weights the round made, from the page."""
+        weights = f"{self._address(self.guide.backend)}/api/projects/{self.project_id}/rounds/1/weights.pt"
+        yours = self.clone / "yours.pt"
+        yours.write_bytes(httpx.get(weights, trust_env=False, timeout=60).raise_for_status().content)
+        said = self.guide.score
+        printed = self._run(said, fill_in(said, {"--k 200": f"--k {SCORED}"}))
+        for file in self.guide.score_files:
+            if not (self.clone / file.text).is_file():
+                raise TextWrong(file, f"there is no {file.text} then")
+        return printed.strip().splitlines()[0]
+
     # what the steps need
 
     def _clean_environment(self) -> dict[str, str]:
@@ -472,7 +558,7 @@ class Newcomer:
         if request.method not in ("GET", "HEAD") and (token := self.browser.cookies.get("csrftoken")):
             request.headers["X-CSRFToken"] = token
 
-    def _start(self, name: str, text: str, extra: Mapping[str, str], health: str) -> None:
+    def _start(self, name: str, text: str, extra: Mapping[str, str], health: str) -> psutil.Process:
         """A block that goes on running, in a terminal of its own; back when `health` answers."""
         log_path = self.folder / f"{name}.log"
         parent = os.getpid()
@@ -497,6 +583,7 @@ class Newcomer:
             return False
 
         _wait_until(answers, 60 * (FRESH_MINUTES if self.fresh else 5), f"{health} does not answer")
+        return psutil.Process(process.pid)
 
     def _stop(self, process: subprocess.Popen[bytes], name: str) -> None:
         """Ctrl-C in its terminal; what does not heed it is killed."""

@@ -175,7 +175,7 @@ def look_at_sampling(own: Services, project_id: int, name: str) -> Check:
     found = str(own.label_studio.project(project_id).get("sampling") or "")
     if found.lower() == SAMPLING.lower():
         return ok(name, f"{found}: lowest score first")
-    fix = f"{_with_fix()}, or choose Uncertainty Sampling in Settings -> General"
+    fix = f"{_with_fix()}. Label Studio's own settings cannot: Community marks Uncertainty sampling as Enterprise's"
     return failed(
         name,
         f"the project serves its tasks by {found!r}: our order is not followed",

@@ -43,6 +43,9 @@ def test_every_passage_is_found_with_its_line(guide: Guide) -> None:
     assert (guide.doctor.text, guide.report.text) == ("scripts/hardfirst doctor", "hardfirst report")
     assert guide.report_file.text == "hardfirst-p7.html"
     assert guide.prefix.text == "scripts/hardfirst"
+    assert (guide.workers.text, guide.data_folder.text) == ("three", "hardfirst-data/")
+    names = [said.text for said in guide.score_files]
+    assert names == ["ranked/contact_sheet.html", "ranked/label_studio.json", "ranked/random.txt"]
 
 
 def test_the_readme_of_this_clone_can_be_followed(guide: Guide) -> None:
@@ -70,6 +73,10 @@ def test_the_readme_of_this_clone_can_be_followed(guide: Guide) -> None:
         ("--with-random --out ranked", "--with-chance --out ranked", "No such option: --with-chance"),
         ("simulate --data data.yaml", "simulate --dataset data.yaml", "No such option: --dataset"),
         ("## The first ten minutes", "## Ten minutes", "there is no section"),
+        ("## Before you connect anything", "## Before", "there is no section “Before you connect anything”"),
+        ("echo LABEL_STUDIO_URL=", "echo LABEL_STUDIO_HOST=", "no setting has the name LABEL_STUDIO_HOST"),
+        ("and three workers", "and some more", "nothing here names how many workers start"),
+        ("--weights yours.pt", "--weights best.pt", "`yours.pt`, which a reader replaces"),
     ],
 )
 def test_a_wrong_text_is_named(right: str, wrong: str, sentence: str) -> None:
@@ -77,6 +84,45 @@ def test_a_wrong_text_is_named(right: str, wrong: str, sentence: str) -> None:
     with pytest.raises(TextWrong, match=re.escape(sentence)) as refused:
         checked(text, ROOT)
     assert re.match(r"README\.md:\d+: “", str(refused.value))
+
+
+def test_other_pages_are_held_to_the_same(tmp_path: Path) -> None:
+    for name in ("Makefile", "requirements-label-studio.lock", "scripts/hardfirst"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes((ROOT / name).read_bytes())
+    (tmp_path / "docs").mkdir()
+    page = "# A page\n\nRun `hardfirst worker train`, or\n\n```sh\nmake upp\n```\n"
+    (tmp_path / "docs" / "page.md").write_text(page)
+    with pytest.raises(TextWrong, match=r"^docs/page\.md:6: “make upp”\n.*no target `upp`"):
+        checked(README, tmp_path)
+    (tmp_path / "docs" / "page.md").write_text("# A page\n\nRun\n`hardfirst start trains`.\n")
+    with pytest.raises(TextWrong, match=r"^docs/page\.md:4: .*\n.*no command `start`"):
+        checked(README, tmp_path)
+
+
+def test_what_a_reader_looks_for_on_a_screen_must_be_on_one(guide: Guide) -> None:
+    assert [said.text for said in guide.screens][:2] == [
+        "Account & Settings → Personal Access Token",
+        "Settings → Model → Connect Model",
+    ]
+    assert VIEW_TITLE in [said.text for said in guide.screens]
+    source = 'children:"Settings"}),label:"Model",title:"Connect Model!"'
+    assert newcomer.check_screens([guide.screens[1]], source) == 3
+    with pytest.raises(TextWrong, match="hardfirst's have the words “Connect Model”") as refused:
+        newcomer.check_screens(guide.screens[1:], source.replace("Connect Model", "Connect Models"))
+    assert refused.value.said.line == line_of("*Settings → Model → Connect Model*")
+
+
+def test_the_pages_are_those_of_label_studio_and_ours(tmp_path: Path) -> None:
+    theirs = tmp_path / "lib" / "python3.11" / "site-packages" / "web" / "dist" / "apps" / "labelstudio"
+    theirs.mkdir(parents=True)
+    (theirs / "main.js").write_text('"Label All Tasks"')
+    (theirs / "main.js.map").write_text("a comment that nobody sees")
+    pages = newcomer.source_of_pages(tmp_path / "bin" / "python", ROOT)
+    assert '"Label All Tasks"' in pages
+    assert "nobody sees" not in pages
+    assert VIEW_TITLE in pages
+    assert "Start a round now" in pages
 
 
 def test_a_target_that_the_makefile_does_not_have_is_named_with_its_line() -> None:
