@@ -400,8 +400,8 @@ class Newcomer:
         n_names = check_screens([*guide.screens, guide.card, guide.button, guide.tab], pages)
         if not self.fresh:  # its migrations take a minute; a migrated, empty folder is kept in the cache
             copy_migrated_folder(python, self.home / ".local" / "share" / "label-studio")
-        url = self.at[LABEL_STUDIO_URL]
-        text = self.guide.start_label_studio.text
+        url = self._address(guide.sign_up_at)
+        text = guide.start_label_studio.text
         if url != LABEL_STUDIO_URL:
             text += f" --port {urlsplit(url).port}"
         path = f"{python.parent}{os.pathsep}{self.env['PATH']}"
