@@ -73,11 +73,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             parser.error("--play needs --weights and --out, and --data unless the pool is generated")
         return play(given)
     found = {f"{pool}/{stage}": figures(results) for pool, stage, results in views()}
-    for name, rows in found.items():
-        print(f"\n{name}\n" + "\n".join(table(rows)))
+    tables = all_tables(found)
+    for name, lines in tables.items():
+        print(f"\n{name}", *lines, sep="\n")
     if given.write:
         text = README.read_text(encoding="utf-8")
-        README.write_text(with_tables(text, found), encoding="utf-8")
+        README.write_text(with_tables(text, tables), encoding="utf-8")
         for pool, stage, results in views():
             if stage == PICTURED:
                 _write_pictures(HERE / pool, results)
@@ -249,12 +250,43 @@ def figures(results: Json) -> list[Json]:
     return rows
 
 
-def with_tables(text: str, found: Mapping[str, Sequence[Json]]) -> str:
-    """The text with the table of each pool and stage between `<!-- table: pool/stage -->` and `<!-- end -->`."""
+def all_tables(found: Mapping[str, Sequence[Json]]) -> dict[str, list[str]]:
+    """Name -> lines of each table: pool/stage of the comparisons, pool/diagnosis/part of the diagnoses."""
+    tables = {name: table(rows) for name, rows in found.items()}
+    for pool in POOLS:
+        file = HERE / pool / "diagnosis.json"
+        if file.exists():
+            rounds = json.loads(file.read_text(encoding="utf-8"))
+            for part in next(iter(rounds.values())):
+                name = f"{pool}/diagnosis/{part}"
+                tables[name] = markdown(side_by_side({labels: parts[part] for labels, parts in rounds.items()}))
+    return tables
+
+
+def side_by_side(rounds: Mapping[str, Sequence[Json]]) -> list[Json]:
+    """Rows that begin alike, of several rounds, as one: each figure once per round, after its number of labels."""
+    together = []
+    for rows in zip(*rounds.values(), strict=True):
+        key = next(iter(rows[0]))
+        row = {key: rows[0][key]}
+        for name in rows[0]:
+            if name != key:
+                row |= {f"{name}, {labels}": one[name] for labels, one in zip(rounds, rows, strict=True)}
+        together.append(row)
+    return together
+
+
+def markdown(rows: Sequence[Json]) -> list[str]:
+    header = list(rows[0])
+    lines = [header, ["---"] * len(header), *([str(row[name]) for name in header] for row in rows)]
+    return ["| " + " | ".join(line) + " |" for line in lines]
+
+
+def with_tables(text: str, tables: Mapping[str, Sequence[str]]) -> str:
+    """The text with each table between `<!-- table: its name -->` and `<!-- end -->`."""
 
     def filled(match: re.Match[str]) -> str:
-        rows = found.get(match[1])
-        body = "\n".join(table(rows)) if rows else "Not played yet."
+        body = "\n".join(tables.get(match[1], ["Not played yet."]))
         return f"<!-- table: {match[1]} -->\n{body}\n<!-- end -->"
 
     return re.sub(r"<!-- table: (\S+) -->\n.*?<!-- end -->", filled, text, flags=re.DOTALL)

@@ -2,6 +2,8 @@
 
     scripts/py -m benchmarks.dividend.diagnosis --pool foda --data foda/data.yaml --weights W --out /tmp/foda
 
+Not while that simulation is played: both use its work folder.
+
 For the detectors of `random`'s first rounds: how each reading of uncertainty ranks the images that it gets wrong, in
 which embedding look-alikes are near, and what each strategy would choose next. The labels of the pool are used for
 these tables only; no strategy sees them.
@@ -20,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import spearmanr
 
-from benchmarks.dividend import POOLS
+from benchmarks.dividend import HERE, POOLS, markdown
 from strategies.diversity import unit_rows
 from strategies.whitening import fit_whitening
 from worker.arms import parse_arms
@@ -98,6 +100,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder of the simulation; `random` is played by then")
     parser.add_argument("--rounds", default="0,1", help="whose detectors (%(default)s); trained again where forgotten")
     parser.add_argument("--arms", default=ARMS, help="whose choice is shown (%(default)s)")
+    parser.add_argument("--keep", action="store_true", help="put what the tables are made of beside this file")
     parser.add_argument("--json", action="store_true", help="end with one JSON line: what the tables are made of")
     given = parser.parse_args(arguments)
     bench = Bench(plan_of(given))
@@ -111,7 +114,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         }
         for name, rows in tables.items():
             print(f"\n{given.pool}, {int(seen.labelled.sum())} labelled: {name}", *markdown(rows), sep="\n", flush=True)
-        found[str(number)] = tables
+        found[str(int(seen.labelled.sum()))] = tables
+    if given.keep:
+        (HERE / given.pool).mkdir(exist_ok=True)
+        (HERE / given.pool / "diagnosis.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     if given.json:
         print(json.dumps(found))
     return 0
@@ -172,7 +178,11 @@ def _boxes_per_class(training: Training) -> Mapping[str, int]:
 
 
 def readings(seen: Seen, common: Mapping[str, Any]) -> list[Row]:
-    """How each reading of uncertainty ranks the unlabelled images."""
+    """How each reading of uncertainty ranks the unlabelled images.
+
+    Spearman's correlation with the share of objects missed; how many share the highest value; what is missed of the
+    TOP images, and how many of those hold a rare class.
+    """
     rows = []
     pool = ~seen.labelled
     for measure, chosen in READINGS:
@@ -182,10 +192,10 @@ def readings(seen: Seen, common: Mapping[str, Any]) -> list[Row]:
         rows.append(
             {
                 "reading": " ".join([measure, *(_word(value) for value in chosen.values())]),
-                "rank correlation with what is missed": _rank_correlation(values, seen.missed[pool]),
-                "at the highest value": int((values >= values.max() - 1e-9).sum()),
-                f"missed in the top {TOP}": round(float(seen.missed[pool][top].mean()), 2),
-                "rare in it": int(seen.rare[pool][top].sum()),
+                "rank correlation": _rank_correlation(values, seen.missed[pool]),
+                "ties": int((values >= values.max() - 1e-9).sum()),
+                "missed": round(float(seen.missed[pool][top].mean()), 2),
+                "rare": int(seen.rare[pool][top].sum()),
             }
         )
     return rows
@@ -210,7 +220,11 @@ def _word(value: object) -> str:
 
 
 def embeddings(seen: Seen, world: World) -> list[Row]:
-    """In which space look-alikes (by the descriptor, which no strategy sees) are near, and others are not."""
+    """In which space look-alikes (by the descriptor, which no strategy sees) are near, and others are not.
+
+    Share of images with a look-alike whose nearest image is one; the cosine that nine of ten pairs of look-alikes
+    exceed; the cosine that one of a hundred other pairs exceeds.
+    """
     alike = world.descriptors @ world.descriptors.T > LOOK_ALIKE
     np.fill_diagonal(alike, False)
     rows = []
@@ -223,10 +237,9 @@ def embeddings(seen: Seen, world: World) -> list[Row]:
         rows.append(
             {
                 "embedding": name,
-                "look-alike is nearest": round(float(nearest[have].mean()), 3),
-                "cosine of look-alikes, lowest tenth": round(float(np.quantile(pairs, 0.1)), 2),
-                "of others, median": round(float(np.median(others)), 2),
-                "of others, highest hundredth": round(float(np.quantile(others, 0.99)), 2),
+                "nearest": round(float(nearest[have].mean()), 3),
+                "look-alikes": round(float(np.quantile(pairs, 0.1)), 2),
+                "others": round(float(np.quantile(others, 0.99)), 2),
             }
         )
     return rows
@@ -239,7 +252,11 @@ def _spaces(vectors: NDArray[np.float32]) -> Iterator[tuple[str, NDArray[np.floa
 
 
 def batches(bench: Bench, seen: Seen, number: int) -> list[Row]:
-    """What each arm would choose after this round of `random`."""
+    """What each arm would choose after this round of `random`.
+
+    Look-alikes of what is labelled or earlier in the batch; share of objects missed; images with a rare class; classes
+    in an image, on the mean.
+    """
     rows = []
     world, ids = bench.world, np.array([picture.task_id for picture in bench.world.pool])
     labelled = ids[seen.labelled].tolist()
@@ -256,17 +273,11 @@ def batches(bench: Bench, seen: Seen, number: int) -> list[Row]:
                 "arm": arm.label,
                 "look-alikes": len(world.alike(batch.task_ids, labelled)),
                 "missed": round(float(seen.missed[chosen].mean()), 2),
-                "rare images": int(seen.rare[chosen].sum()),
-                "classes an image": round(float(counts.mean()), 2),
+                "rare": int(seen.rare[chosen].sum()),
+                "classes": round(float(counts.mean()), 2),
             }
         )
     return rows
-
-
-def markdown(rows: Sequence[Row]) -> list[str]:
-    header = list(rows[0])
-    lines = [header, ["---"] * len(header), *([str(row[name]) for name in header] for row in rows)]
-    return ["| " + " | ".join(line) + " |" for line in lines]
 
 
 if __name__ == "__main__":

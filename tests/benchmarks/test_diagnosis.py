@@ -76,12 +76,12 @@ def test_all_of_it_on_a_tiny_simulation(
 
     assert diagnosis.main([*given, "--rounds=0", "--json"]) == 0
     printed = capsys.readouterr().out
-    tables: dict[str, Any] = json.loads(printed.splitlines()[-1])["0"]
+    tables: dict[str, Any] = json.loads(printed.splitlines()[-1])["6"]
     pool = len(bench.world.pool)
     assert len(tables["readings"]) == len(diagnosis.READINGS)
-    assert all(1 <= row["at the highest value"] <= pool - 6 for row in tables["readings"])
+    assert all(1 <= row["ties"] <= pool - 6 for row in tables["readings"])
     assert [row["embedding"] for row in tables["embeddings"]] == ["as it is", "centred", "whitened"]
-    assert all(0 <= row["look-alike is nearest"] <= 1 for row in tables["embeddings"])
+    assert all(0 <= row["nearest"] <= 1 for row in tables["embeddings"])
     assert [row["arm"] for row in tables["batches"]] == arms.split(",")
     assert all(0 <= row["look-alikes"] <= 4 and 0 <= row["missed"] <= 1 for row in tables["batches"])
     assert "factory, 6 labelled: batches\n| arm | look-alikes |" in printed

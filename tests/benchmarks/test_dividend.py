@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -125,7 +126,19 @@ def test_the_figures_in_the_text_are_those_of_the_results() -> None:
     text = (ROOT / "benchmarks" / "dividend" / "README.md").read_text(encoding="utf-8")
     assert list(dividend.kept())
     found = {f"{pool}/{stage}": dividend.figures(results) for pool, stage, results in dividend.views()}
-    assert dividend.with_tables(text, found) == text, "run: scripts/py -m benchmarks.dividend --write"
+    tables = dividend.all_tables(found)
+    assert dividend.with_tables(text, tables) == text, "run: scripts/py -m benchmarks.dividend --write"
+    assert set(re.findall(r"<!-- table: (\S+) -->", text)) >= set(tables), "a table is nowhere in the text"
+
+
+def test_rounds_of_a_diagnosis_stand_side_by_side() -> None:
+    rounds = {
+        "50": [{"arm": "x", "rare": 1}, {"arm": "y", "rare": 2}],
+        "150": [{"arm": "x", "rare": 3}, {"arm": "y", "rare": 4}],
+    }
+    rows = dividend.side_by_side(rounds)
+    assert rows == [{"arm": "x", "rare, 50": 1, "rare, 150": 3}, {"arm": "y", "rare, 50": 2, "rare, 150": 4}]
+    assert dividend.markdown(rows)[0] == "| arm | rare, 50 | rare, 150 |"
 
 
 def test_no_kept_result_names_a_path_of_a_machine() -> None:
