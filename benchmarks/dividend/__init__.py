@@ -25,6 +25,8 @@ from worker.simulation_results import compare
 
 HERE = Path(__file__).resolve().parent
 README = HERE / "README.md"
+FRONT_PAGE = HERE.parent.parent / "README.md"
+FRONT = "factory/leaders"  # what is told on it
 PICTURES = ("curves", "rare")
 DEFAULT = "hybrid_k_center"  # what a project gets that sets nothing
 LEADERS = f"random,random@2,{DEFAULT},hybrid,k_center,hybrid_coverage"
@@ -77,8 +79,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name, lines in tables.items():
         print(f"\n{name}", *lines, sep="\n")
     if given.write:
-        text = README.read_text(encoding="utf-8")
-        README.write_text(with_tables(text, tables), encoding="utf-8")
+        tables["dividend"] = short_table(found[FRONT])
+        for file in (README, FRONT_PAGE):
+            file.write_text(with_tables(file.read_text(encoding="utf-8"), tables), encoding="utf-8")
         for pool, stage, results in views():
             if stage == PICTURED:
                 _write_pictures(HERE / pool, results)
@@ -283,9 +286,11 @@ def markdown(rows: Sequence[Json]) -> list[str]:
 
 
 def with_tables(text: str, tables: Mapping[str, Sequence[str]]) -> str:
-    """The text with each table between `<!-- table: its name -->` and `<!-- end -->`."""
+    """The text with each table between `<!-- table: its name -->` and `<!-- end -->`; others' tables stay."""
 
     def filled(match: re.Match[str]) -> str:
+        if match[1] not in tables and "/" not in match[1]:
+            return match[0]
         body = "\n".join(tables.get(match[1], ["Not played yet."]))
         return f"<!-- table: {match[1]} -->\n{body}\n<!-- end -->"
 
@@ -308,6 +313,17 @@ def table(rows: Sequence[Json]) -> list[str]:
             f"{_ratio(row['rare_ratio'])} | {row['rare_images']:.0f} | {row['near_duplicates']:.0f} |"
         )
     return lines
+
+
+def short_table(rows: Sequence[Json]) -> list[str]:
+    """mAP50 at each budget, and of the rare classes at the last: for the front page."""
+    lines = []
+    for row in sorted(rows, key=lambda row: -(row["area_gain"] or 0.0)):
+        points = zip(row["labels"], row["map50"], strict=True)
+        budgets = {f"{labels} labels": f"{100 * height:.1f}" for labels, height in points}
+        rare = {f"rare classes, {row['labels'][-1]}": f"{100 * row['rare_ap50'][-1]:.1f}"}
+        lines.append({"strategy": f"`{row['arm']}`", **budgets, **rare})
+    return markdown(lines)
 
 
 def _gain(row: Json) -> str:

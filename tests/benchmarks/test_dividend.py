@@ -79,6 +79,14 @@ def test_the_table_has_the_best_first(results: dict[str, Any]) -> None:
     assert lines[3].startswith("| random | 2 | 40.0 | 60.0 | – | 100% | 1.00 |")
 
 
+def test_the_front_page_has_budgets_and_rare_classes(results: dict[str, Any]) -> None:
+    lines = dividend.short_table(dividend.figures(results))
+    assert lines[0] == "| strategy | 50 labels | 100 labels | 150 labels | rare classes, 150 |"
+    assert lines[2:] == ["| `x` | 20.0 | 60.0 | 80.0 | 40.0 |", "| `random` | 20.0 | 40.0 | 60.0 | 20.0 |"]
+    text = "<!-- table: first -->\nours\n<!-- end -->\n<!-- table: dividend -->\nold\n<!-- end -->"
+    assert dividend.with_tables(text, {"dividend": ["new"]}) == text.replace("old", "new")
+
+
 def test_every_strategy_is_played_by_a_command_that_can_be_given() -> None:
     for strategies, _ in dividend.STAGES.values():
         arms = parse_arms(strategies)
@@ -127,6 +135,10 @@ def test_the_figures_in_the_text_are_those_of_the_results() -> None:
     assert list(dividend.kept())
     found = {f"{pool}/{stage}": dividend.figures(results) for pool, stage, results in dividend.views()}
     tables = dividend.all_tables(found)
+    front = dividend.FRONT_PAGE.read_text(encoding="utf-8")
+    short = {"dividend": dividend.short_table(found[dividend.FRONT])}
+    assert dividend.with_tables(front, short) == front, "run: scripts/py -m benchmarks.dividend --write"
+    assert "<!-- table: dividend -->" in front
     assert dividend.with_tables(text, tables) == text, "run: scripts/py -m benchmarks.dividend --write"
     assert set(re.findall(r"<!-- table: (\S+) -->", text)) >= set(tables), "a table is nowhere in the text"
 
