@@ -244,7 +244,9 @@ def more_holdout(gain: GainEstimate, holdout_images: int, worth_gain: float = WO
 def power_sentence(holdout_images: int, visible: float, more: More) -> str:
     """ "With 60 holdout images gains under .06 cannot be told from luck; label 60 more to see .04." """
     if holdout_images < 1:
-        return "There is no holdout: nothing can be measured."
+        images = f"{more.images} image{'s' * (more.images != 1)}"
+        ask = f" Ask for {images}, drawn at random with the next batch." if more.images else ""
+        return f"There is no holdout: nothing can be measured.{ask}"
     images = f"{holdout_images} holdout image{'s' * (holdout_images != 1)}"
     then = more.smallest_visible_gain
     alike = more.images > 0 and (in_words(visible) == in_words(then) or then < _COARSE <= visible)

@@ -35,7 +35,7 @@ from worker.returns import (
     labels_of_next_round,
     worth_gain_of,
 )
-from worker.settings import ProjectSettings
+from worker.settings import HOLDOUT_LIMITS, HOLDOUT_SHARE, ProjectSettings
 from worker.store import get_project, labelled_task_ids, loads, measured_rounds, task_annotations, tasks
 
 PLATEAU_ROUNDS = 3
@@ -74,11 +74,14 @@ def power_of(connection: Connection, project_id: int) -> Power:
     boxes, boxes_are = _holdout_boxes(connection, project_id, size, labelled)
     measured = _measured_gain(connection, project_id, size)
     gain = measured or expected_gain(size, list(boxes.values()))
-    worth = worth_gain_of(connection, project_id, _settings(project)).value
-    enough = 2 * (size + project.more_holdout)  # more than `size` are never suggested
-    room = max(rules.count_drawable(connection, project_id, up_to=enough) // 2 - project.more_holdout, 0)
-    more = _at_most(room, more_holdout(gain, size, worth), gain, size)
     visible = smallest_visible_gain(gain)
+    if size:
+        worth = worth_gain_of(connection, project_id, _settings(project)).value
+        enough = 2 * (size + project.more_holdout)  # more than `size` are never suggested
+        room = max(rules.count_drawable(connection, project_id, up_to=enough) // 2 - project.more_holdout, 0)
+        more = _at_most(room, more_holdout(gain, size, worth), gain, size)
+    else:
+        more = More(_another_holdout(connection, project), visible)
     return Power(
         holdout=size,
         labelled=labelled,
@@ -87,10 +90,20 @@ def power_of(connection: Connection, project_id: int) -> Power:
         boxes_are=boxes_are,
         smallest_visible_gain=visible if size else None,
         more=more.images,
-        smallest_visible_gain_then=more.smallest_visible_gain if more.images else None,
+        smallest_visible_gain_then=more.smallest_visible_gain if more.images and size else None,
         from_="measured" if measured else "expected",
         sentence=power_sentence(size, visible, more),
     )
+
+
+def _another_holdout(connection: Connection, project: Row[Any]) -> int:
+    """How many images a holdout would have now, for a project whose own is gone: its tasks were deleted, and others
+    imported. 0 while it is still to be drawn, or asked for already, and where the settings want none."""
+    if project.published_round_id is None or project.more_holdout:
+        return 0
+    settings = _settings(project)
+    enough = max(math.ceil(HOLDOUT_LIMITS[1] / HOLDOUT_SHARE), 2 * (settings.holdout_size or 0))
+    return settings.holdout_for(rules.count_drawable(connection, project.id, up_to=enough))
 
 
 def _at_most(room: int, more: More, gain: GainEstimate, size: int) -> More:

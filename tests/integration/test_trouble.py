@@ -600,12 +600,13 @@ def test_the_holdout_shrinks_and_then_is_gone(stage: Any) -> None:
     assert third.map50 is None
     assert eval_json(third.verdict)["verdict"] == "insufficient_evidence"
     assert stage.round(project, 2).map50 == second.map50  # what was measured stands
-    assert httpx.get(f"{stage.backend_url}/projects/{project.id}", trust_env=False).status_code == 200
+    assert "nothing can be measured. Ask for 1 image, drawn at random with the next batch." in page(stage, project)
     assert stage.services.artifacts.get(round_key(project.id, 3, "weights.pt"))
 
 
 def test_everything_is_deleted_while_a_round_runs(stage: Any) -> None:
-    project = stage.connected(8, labels_per_round=2)
+    # without a holdout: what was trained in two seconds may take any new image for a twin of one
+    project = stage.connected(8, labels_per_round=2, holdout_size=0)
     for task_id in for_training(stage, project)[:2]:
         project.label(task_id)
     stage.work_until("publish")

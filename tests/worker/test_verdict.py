@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 import pytest
-from sqlalchemy import insert, update
+from sqlalchemy import insert, select, update
 
 from strategies.verdict import expected_gain, smallest_visible_gain
 from worker import rounds
@@ -66,6 +66,28 @@ def test_power_is_known_before_anything_is_labelled(store: Store) -> None:
     assert found.sentence == (
         "With 20 holdout images gains under .13 a round cannot be told from luck; label 20 more to see .09."
     )
+
+
+def test_a_holdout_that_is_gone_can_be_asked_for_anew(store: Store) -> None:
+    """Its tasks were deleted, and others imported."""
+    with store.write() as connection:
+        rounds.mark_deleted(connection, 7, range(1, 21))
+    assert (power(store).holdout, power(store).more) == (0, 0)  # nothing is published: the first batch draws one
+    add_round(store, 0, 0.0)
+    with store.write() as connection:
+        connection.execute(update(projects).values(published_round_id=select(round_rows.c.id).scalar_subquery()))
+    found = power(store)
+    assert (found.more, found.smallest_visible_gain, found.smallest_visible_gain_then) == (50, None, None)
+    assert found.sentence == (
+        "There is no holdout: nothing can be measured. Ask for 50 images, drawn at random with the next batch."
+    )
+    with store.write() as connection:
+        assert rounds.ask_for_holdout(connection, 7, found.more) == 50
+    assert (power(store).more, power(store).waiting) == (0, 50)
+    with store.write() as connection:
+        rounds.withdraw_holdout(connection, 7)
+    set_to(store, holdout_size=0)
+    assert power(store).sentence == "There is no holdout: nothing can be measured."  # as its settings want it
 
 
 def test_boxes_are_expected_from_what_is_labelled_and_counted_at_last(store: Store) -> None:
