@@ -206,7 +206,13 @@ def test_others_wait_for_the_one_to_be_ready(tmp_path: Path) -> None:
 def test_one_that_never_gets_ready_ends_it_all_with_its_last_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(supervisor, "READY_TIMEOUT", 0.5)
     code = "import time; print('cannot open my file', flush=True); time.sleep(60)"
-    child = python_child("valkey", code, VALKEY, ready=lambda: False)
+
+    def asked() -> bool:
+        """Not ready; and not asked again before it has said why, however slowly a busy machine starts it."""
+        eventually_true(lambda: child.last_lines)
+        return False
+
+    child = python_child("valkey", code, VALKEY, ready=asked)
     with pytest.raises(QueueUnavailable, match="valkey was not ready in 0 s; its last line: cannot open my file"):
         supervise([child], lambda seen: False)
     assert child.process is not None
