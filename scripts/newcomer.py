@@ -55,6 +55,8 @@ SCORED = 15  # of them, and as many at random
 # What the README's JSON is replaced by: 30 labels, and a round that takes a CPU a minute.
 SMALL = {"batch_size": 18, "holdout_size": 12, "epochs": 2, "imgsz": 96, "train_batch": 4}
 MINUTES, FRESH_MINUTES = 15.0, 60.0
+ITALICS = r"(?<![*\w])\*([^*`]+)\*(?!\*)"
+SCREEN_PAGES = ("label-studio", "settings", "upgrading")  # of docs/, where italics are what stands on a screen
 NUMBERS = ("no", "one", "two", "three", "four", "five", "six")
 CARD_STATES = {"CO": "Connected", "ER": "Error", "DI": "Disconnected"}
 # Nothing is sent to Label Studio's makers from here, and no browser of this machine is opened.
@@ -208,7 +210,7 @@ def read_guide(readme: str) -> Guide:
         prefix=all_of_it.find(r"In a clone, `([^`]+)` is that command", "the command's place in a clone"),
         score=scoring.block("hardfirst score"),
         score_files=tuple(scoring.every(r"`(\w+/[\w.]+\.\w+)`")),
-        screens=tuple(section.every(r"(?<![*\w])\*([^*`]+)\*(?!\*)")),
+        screens=tuple(section.every(ITALICS)),
     )
 
 
@@ -332,6 +334,14 @@ def check_screens(screens: Sequence[Said], pages: str) -> int:
     return len(names)
 
 
+def screens_of_docs(root: Path) -> list[Said]:
+    found: list[Said] = []
+    for name in SCREEN_PAGES:
+        text = (root / "docs" / f"{name}.md").read_text(encoding="utf-8")
+        found += Passage(text, 0, len(text), f"docs/{name}.md").every(ITALICS)
+    return found
+
+
 def source_of_pages(label_studio_python: Path, root: Path) -> str:
     """What is written on Label Studio's pages and on ours: their scripts, templates and code."""
     (theirs,) = label_studio_python.parent.parent.glob("lib/python*/site-packages/web/dist/apps/labelstudio")
@@ -397,7 +407,8 @@ class Newcomer:
         python = self._label_studio_python()
         pages = source_of_pages(python, self.clone)
         guide = self.guide
-        n_names = check_screens([*guide.screens, guide.card, guide.button, guide.tab], pages)
+        screens = [*guide.screens, guide.card, guide.button, guide.tab, *screens_of_docs(self.clone)]
+        n_names = check_screens(screens, pages)
         if not self.fresh:  # its migrations take a minute; a migrated, empty folder is kept in the cache
             copy_migrated_folder(python, self.home / ".local" / "share" / "label-studio")
         url = self._address(guide.sign_up_at)
@@ -409,7 +420,7 @@ class Newcomer:
         sign_up(self.browser, "/user/signup/", EMAIL, PASSWORD)
         self.api_key = str(_json(self.browser.post("/api/token/"))["token"])
         here = "" if self.fresh else f", on a copy of a migrated {DATABASE_NAME}"
-        found = f"its pages and ours have the {n_names} names of the README"
+        found = f"its pages and ours have the {n_names} names of the README and docs/"
         return f"Label Studio answers at {url}{here}; signed up, and took a personal access token; {found}"
 
     def start_hardfirst(self) -> str:

@@ -205,7 +205,8 @@ class LabelStudio:
             ) from error
         except httpx.HTTPError as error:
             raise LabelStudioUnavailable(
-                f"Label Studio at {self.url} does not answer ({type(error).__name__}). Rounds wait until it is back."
+                f"Label Studio at {self.url} does not answer ({type(error).__name__}). Start it, or correct "
+                "LABEL_STUDIO_URL; rounds wait until it is back."
             ) from error
 
     def server_version(self) -> str:

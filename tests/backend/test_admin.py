@@ -182,7 +182,10 @@ def test_label_studio_that_refuses_or_is_unwell_is_a_sentence(
 def test_label_studio_away_is_a_sentence(settings: Settings) -> None:
     nowhere = settings.model_copy(update={"label_studio_url": "http://127.0.0.1:1"})
     found = admin.label_studio_problem(create_app(nowhere).state.services)
-    assert found == "Label Studio at http://127.0.0.1:1 does not answer (ConnectError). Rounds wait until it is back."
+    assert found == (
+        "Label Studio at http://127.0.0.1:1 does not answer (ConnectError). Start it, or correct LABEL_STUDIO_URL; "
+        "rounds wait until it is back."
+    )
 
 
 def test_with_redis_away_the_page_answers_and_says_so(settings: Settings, store: Store) -> None:

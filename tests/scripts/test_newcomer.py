@@ -113,6 +113,12 @@ def test_what_a_reader_looks_for_on_a_screen_must_be_on_one(guide: Guide) -> Non
     assert refused.value.said.line == line_of("*Settings → Model → Connect Model*")
 
 
+def test_pages_that_lead_through_screens_are_held_to_them_too() -> None:
+    found = newcomer.screens_of_docs(ROOT)
+    assert {said.page for said in found} == {f"docs/{name}.md" for name in newcomer.SCREEN_PAGES}
+    assert "Validate and Save" in [said.text for said in found]
+
+
 def test_the_pages_are_those_of_label_studio_and_ours(tmp_path: Path) -> None:
     theirs = tmp_path / "lib" / "python3.11" / "site-packages" / "web" / "dist" / "apps" / "labelstudio"
     theirs.mkdir(parents=True)
