@@ -77,6 +77,7 @@ PHASE_WORDS: Mapping[Phase, str] = {
     "scoring": "scoring",
     "publishing": "publishing",
 }
+UNTAUGHT = 0.01  # mAP50 of a detector that has learned nothing yet
 VERDICT_WORDS = {
     "continue": "Continue labelling",
     "stop": "Time to stop",
@@ -385,7 +386,8 @@ def status_of(connection: Connection, project: Row[Any], progress: Mapping[str, 
     is_open = last is not None and last.state in OPEN_STATES
     now = _working(connection, last, progress, counts) if last is not None and is_open else _resting(project, last)
     now = now if project.paused_at is None else _paused(connection, now, last)
-    learned = project.published_round_id is not None and last is not None and _has_learned(connection, project)
+    served = _published_round(connection, project)
+    learned = served is not None and last is not None and served.number > 0
     stamp = [
         *((last.id, last.state, last.map50) if last is not None else ()),
         project.published_round_id,
@@ -402,7 +404,8 @@ def status_of(connection: Connection, project: Row[Any], progress: Mapping[str, 
         counts=counts,
         next_round=None if last is None or is_open else _next_round(connection, project, last),
         problem=project.problem if project.problem and project.problem not in now.detail else None,
-        notice=None if learned else project.notice,  # it tells how things are before the first training
+        # the project's own tells how things are before the first training
+        notice=_untaught(served) if served is not None and learned else project.notice,
         can_start=not is_open and project.paused_at is None,
         can_cancel=is_open,
         can_retry=project.paused_at is None and last is not None and last.state == "failed",
@@ -414,9 +417,21 @@ def status_of(connection: Connection, project: Row[Any], progress: Mapping[str, 
     )
 
 
-def _has_learned(connection: Connection, project: Row[Any]) -> bool:
-    query = select(rounds.c.number).where(rounds.c.id == project.published_round_id)
-    return bool(connection.execute(query).scalar_one_or_none())
+def _published_round(connection: Connection, project: Row[Any]) -> Row[Any] | None:
+    columns = (rounds.c.number, rounds.c.map50, rounds.c.labels, rounds.c.settings)
+    return connection.execute(select(*columns).where(rounds.c.id == project.published_round_id)).one_or_none()
+
+
+def _untaught(served: Row[Any]) -> str | None:
+    """A detector that finds nothing is mostly one that was trained too shortly, which nothing else on the page says."""
+    if served.map50 is None or served.map50 >= UNTAUGHT:
+        return None
+    epochs = loads(served.settings).get("epochs", ProjectSettings.model_fields["epochs"].default)
+    return (
+        f"Round {served.number}'s detector finds next to nothing: mAP50 {served.map50:.3f}, from {served.labels} "
+        f"images in {epochs} epochs. Train it longer: more epochs, nominal_batch equal to train_batch, a larger imgsz, or "
+        "pretrained weights. Then start a round."
+    )
 
 
 def count_tasks(connection: Connection, project_id: int) -> Counts:

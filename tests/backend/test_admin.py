@@ -479,6 +479,22 @@ def test_the_notice_goes_when_a_trained_round_is_published(client: TestClient, s
     assert client.get("/api/projects/7/status").json()["notice"] is None
 
 
+@pytest.mark.parametrize(("map50", "is_told"), [(0.004, True), (0.01, False), (None, False)])
+def test_a_detector_that_finds_nothing_is_told_with_what_to_do(
+    client: TestClient, store: Store, map50: float | None, is_told: bool
+) -> None:
+    add_project(store, notice="Draws no boxes yet.")
+    trained = add_round(store, 1, map50=map50, labels=20, settings='{"epochs": 5}')
+    with store.write() as connection:
+        connection.execute(update(projects).values(published_round_id=trained))
+    notice = client.get("/api/projects/7/status").json()["notice"]
+    if not is_told:
+        assert notice is None
+    else:
+        assert notice.startswith("Round 1's detector finds next to nothing: mAP50 0.004, from 20 images in 5 epochs.")
+        assert notice.endswith("Then start a round.")
+
+
 def test_a_run_of_events_is_one_line(client: TestClient, store: Store) -> None:
     add_project(store)
     with store.write() as connection:
