@@ -418,7 +418,7 @@ def status_of(connection: Connection, project: Row[Any], progress: Mapping[str, 
 
 
 def _published_round(connection: Connection, project: Row[Any]) -> Row[Any] | None:
-    columns = (rounds.c.number, rounds.c.map50, rounds.c.labels, rounds.c.settings)
+    columns = [rounds.c.number, rounds.c.map50, rounds.c.labels, rounds.c.settings]
     return connection.execute(select(*columns).where(rounds.c.id == project.published_round_id)).one_or_none()
 
 
@@ -429,8 +429,8 @@ def _untaught(served: Row[Any]) -> str | None:
     epochs = loads(served.settings).get("epochs", ProjectSettings.model_fields["epochs"].default)
     return (
         f"Round {served.number}'s detector finds next to nothing: mAP50 {served.map50:.3f}, from {served.labels} "
-        f"images in {epochs} epochs. Train it longer: more epochs, nominal_batch equal to train_batch, a larger imgsz, or "
-        "pretrained weights. Then start a round."
+        f"images in {epochs} epochs. Train it longer: more epochs, nominal_batch equal to train_batch, a larger imgsz, "
+        "or pretrained weights. Then start a round."
     )
 
 
