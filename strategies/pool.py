@@ -22,7 +22,7 @@ class Pool:
     """The unlabelled images of a project after scoring: N rows, sorted by key, checked once.
 
     keys                   (N,) int64 or str, unique, ascending: what names an image outside (a task id)
-    uncertainty            measure name -> (N,) >= 0; above 1 only by "sum" or class weights (strategies rescale)
+    uncertainty            measure name -> (N,) >= 0; above 1 by "sum", "open" or class weights (strategies rescale)
     embeddings             (N, D) float32
     labelled_embeddings    (L, D) float32, L may be 0
     disagreement           (N,) >= 0, or None without a committee

@@ -20,7 +20,7 @@ from strategies.errors import InputInvalid, nearest_name
 Vector = NDArray[np.float64]
 Matrix = NDArray[np.float64]
 
-AGGREGATES = ("max", "min", "mean", "top_n_mean", "sum")
+AGGREGATES = ("max", "min", "mean", "top_n_mean", "sum", "open")
 EMPTY_POLICIES = ("uncertain", "certain", "best_candidate")
 
 _SMALLEST_PROBABILITY = 1e-7  # keeps the odds p / (1 - p) finite at both ends
@@ -114,7 +114,8 @@ def aggregate(values: ArrayLike, method: str = "max", n: int = 10) -> float:
 
     Args: values (N,), N >= 1, finite; method: "max" (the weakest link), "min" (even the best detection is weak),
         "mean", "top_n_mean" (mean of the n largest, of all when there are fewer), "sum" (favours crowded images,
-        leaves [0, 1]).
+        leaves [0, 1]), "open" (log(1 + sum) + 2 min, leaves [0, 1]: how many boxes are unsure, by order of magnitude,
+        and whether anything is sure at all; see benchmarks/dividend).
     Raises: InputInvalid for no values (what an empty image is worth is a policy: see `image_uncertainty`), NaN, an
         unknown method or n < 1.
     """
@@ -125,6 +126,8 @@ def aggregate(values: ArrayLike, method: str = "max", n: int = 10) -> float:
         raise InputInvalid("There are no values to aggregate. Decide what an image without boxes is worth.")
     if method == "top_n_mean":
         return float(np.sort(boxes)[-largest:].mean())
+    if method == "open":
+        return float(np.log1p(boxes.sum()) + 2 * boxes.min())
     reduced: dict[str, float] = {"max": boxes.max(), "min": boxes.min(), "mean": boxes.mean(), "sum": boxes.sum()}
     return float(reduced[method])
 
@@ -148,8 +151,8 @@ def image_uncertainty(
         likely class (see `class_weights`); the policies "uncertain" and "certain" have no class and no weight.
         threshold and empty left None: 0.25 and "uncertain" for least_confidence (on the raw sigmoids), 0.05 and
         "best_candidate" for margin and entropy (on `with_background` rows).
-    Returns: a float in [0, 1], high = more uncertain; with "sum" or class weights it may exceed 1: Pool takes such
-        values and the strategies rescale them over the pool.
+    Returns: a float in [0, 1], high = more uncertain; with "sum", "open" or class weights it may exceed 1: Pool takes
+        such values and the strategies rescale them over the pool.
     Raises: InputInvalid for NaN, wrong shapes, unknown names or a threshold outside [0, 1].
     """
     check_choice(measure, MEASURES, "measure")
@@ -162,13 +165,18 @@ def image_uncertainty(
     confidence = rows.max(axis=1) if len(rows) else np.zeros(0)
     if (confidence >= lowest).any():
         return aggregate(_box_values(rows[confidence >= lowest], chosen, weights), method, n)
-    check_choice(method, AGGREGATES, "aggregate method")
+    return aggregate(_value_without_boxes(rows, confidence, chosen, policy, weights), method, n)
+
+
+def _value_without_boxes(
+    rows: Matrix, confidence: Vector, measure: Measure, policy: str, weights: Vector | None
+) -> Vector:
+    """(1,) what stands for the boxes of an image that has none."""
     if policy != "best_candidate":
-        return 1.0 if policy == "uncertain" else 0.0
+        return np.array([1.0 if policy == "uncertain" else 0.0])
     if not len(rows):
-        return 0.0 if chosen.background else 1.0
-    best = rows[[int(confidence.argmax())]]
-    return float(_box_values(best, chosen, weights)[0])
+        return np.array([0.0 if measure.background else 1.0])
+    return _box_values(rows[[int(confidence.argmax())]], measure, weights)
 
 
 def image_uncertainties(
@@ -203,7 +211,7 @@ def class_weights(box_counts: ArrayLike) -> Vector:
 
 
 def uncertainty_scale(values: ArrayLike) -> float:
-    """max(1, largest value): what divides uncertainties that left [0, 1] ("sum", class weights) back into it.
+    """max(1, largest value): what divides uncertainties that left [0, 1] ("sum", "open", class weights) back into it.
 
     Values already in [0, 1] keep their meaning: the scale is 1, as it is for no values.
     """

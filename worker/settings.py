@@ -192,7 +192,7 @@ class ProjectSettings(BaseModel):
         description="What an image without such a box is. Default: `best_candidate` for `hybrid_k_center`, `margin` "
         "and `entropy`, else `uncertain`.",
     )
-    uncertainty_aggregate: Literal["max", "min", "mean", "top_n_mean", "sum"] | None = Field(
+    uncertainty_aggregate: Literal["max", "min", "mean", "top_n_mean", "sum", "open"] | None = Field(
         None,
         description="How the uncertainties of an image's boxes become one; `sum` favours crowded images. Default: "
         "`sum` for `hybrid_k_center`, else `max`.",

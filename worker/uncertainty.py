@@ -95,7 +95,7 @@ def weights_of_classes(
 def measures_of(
     look: Look, settings: ProjectSettings, weights: NDArray[np.float64] | None = None
 ) -> dict[str, float]:
-    """Every measure of one image, as the project's settings read it. With class weights or "sum" they may exceed 1."""
+    """Every measure of one image, as the project's settings read it. They may exceed 1: see `image_uncertainty`."""
     rows = look.probabilities if len(look.probabilities) else look.best_candidate[None, :]
     how = reading(settings)
     return {

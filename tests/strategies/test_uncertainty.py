@@ -135,6 +135,7 @@ def test_no_boxes_give_no_values(function, rows):
         ("min", 10, 0.1),
         ("mean", 10, 0.4),
         ("sum", 10, 1.6),
+        ("open", 10, math.log(2.6) + 0.2),
         ("top_n_mean", 1, 0.9),
         ("top_n_mean", 2, 0.65),
         ("top_n_mean", 10, 0.4),
@@ -142,6 +143,14 @@ def test_no_boxes_give_no_values(function, rows):
 )
 def test_aggregate_by_hand(method, n, expected):
     assert aggregate([0.2, 0.9, 0.1, 0.4], method, n) == pytest.approx(expected)
+
+
+def test_what_stands_for_no_boxes_is_aggregated_as_a_box_is():
+    faint = [[0.04, 0.02]]
+    for policy, value in (("uncertain", 1.0), ("certain", 0.0), ("best_candidate", 0.96)):
+        found = image_uncertainty(faint, threshold=0.1, empty=policy, method="open")
+        assert found == pytest.approx(math.log1p(value) + 2 * value)
+        assert image_uncertainty(faint, threshold=0.1, empty=policy, method="sum") == pytest.approx(value)
 
 
 @given(hnp.arrays(np.float64, st.integers(1, 20), elements=st.floats(0, 1)), st.integers(1, 25))
