@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 HIGH, LOW = 0.7, 0.3  # of a part of the utility
 CLEARLY = 0.1  # more uncertain than the drawn boxes explain: it comes from one below the confidence they are drawn from
-# their uncertainty adds up what all boxes leave open, over the most there is in the pool: it says nothing of one box
+# their uncertainty is what all boxes of an image leave open, over the most there is in the pool: it tells of no one box
 _ADDED_UP = ("hybrid_k_center",)
 # their diversity is measured against what was labelled or taken before
 _BY_LABELLED = ("k_center", "coverage", "hybrid_k_center", "hybrid_coverage")

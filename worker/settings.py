@@ -194,8 +194,8 @@ class ProjectSettings(BaseModel):
     )
     uncertainty_aggregate: Literal["max", "min", "mean", "top_n_mean", "sum", "open"] | None = Field(
         None,
-        description="How the uncertainties of an image's boxes become one; `sum` favours crowded images. Default: "
-        "`sum` for `hybrid_k_center`, else `max`.",
+        description="How the uncertainties of an image's boxes become one; `sum` favours crowded images, `open` is "
+        "log(1 + sum) + 2 min. Default: `open` for `hybrid_k_center`, else `max`.",
     )
     uncertainty_n: int = Field(10, ge=1, le=300, description="Boxes that `top_n_mean` is the mean of.")
     class_weights: bool | None = Field(

@@ -34,7 +34,7 @@ Value = TypeVar("Value")
 
 # What a project's settings leave open. Of all others: the rules of the textbooks.
 BY_STRATEGY: Mapping[str, Reading] = MappingProxyType(
-    {"hybrid_k_center": Reading(0.1, "best_candidate", "sum", class_weights=True)}  # by benchmarks/dividend
+    {"hybrid_k_center": Reading(0.1, "best_candidate", "open", class_weights=True)}  # by benchmarks/dividend
 )
 
 

@@ -66,6 +66,7 @@ READINGS: tuple[tuple[str, Mapping[str, Any]], ...] = (
             ("least_confidence", "mean", False),
             ("least_confidence", "mean", True),
             ("least_confidence", "sum", True),
+            ("least_confidence", "open", True),
             ("margin", "max", False),
             ("entropy", "max", False),
             ("entropy", "sum", True),

@@ -44,10 +44,11 @@ def test_a_strategy_of_the_textbooks_reads_as_the_measures_do(look: Seen) -> Non
 
 def test_the_default_adds_up_what_boxes_from_a_tenth_on_leave_open() -> None:
     look = seen((0.75, 0.0), (0.0, 0.5), (0.125, 0.0), (0.0625, 0.0))
-    assert read(look, strategy="hybrid_k_center") == pytest.approx(0.25 + 0.5 + 0.875)
+    assert read(look, strategy="hybrid_k_center") == pytest.approx(np.log(1 + 0.25 + 0.5 + 0.875) + 2 * 0.25)
     assert read(look, strategy="hybrid_k_center", uncertainty_aggregate="max") == pytest.approx(0.875)
-    assert read(look, strategy="hybrid_k_center", uncertainty_threshold=0.25) == pytest.approx(0.75)
-    assert read(seen(best=(0.0625, 0.0)), strategy="hybrid_k_center") == pytest.approx(0.9375)
+    assert read(look, strategy="hybrid_k_center", uncertainty_threshold=0.25) == pytest.approx(np.log(1.75) + 0.5)
+    faint = seen(best=(0.0625, 0.0))
+    assert read(faint, strategy="hybrid_k_center") == pytest.approx(np.log(1.9375) + 2 * 0.9375)
     assert reading(ProjectSettings()) == reading(ProjectSettings(**said_in_full(ProjectSettings()), strategy="entropy"))
 
 
