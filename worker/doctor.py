@@ -28,6 +28,7 @@ from worker.settings import Settings
 
 EXPIRES_SOON = 14.0  # days
 WORKER_PATIENCE = 25.0  # seconds for a worker to answer: loading torch takes it ten on a busy machine
+FOR_EVER = 3650  # days: Label Studio's personal tokens last 200 years unless an administrator says otherwise
 START_IT = "Start `hardfirst up`"
 TRIED_WITH = "1.23.2"  # the Label Studio that the tests start, see requirements-label-studio.lock
 CORRECT_WEIGHTS = "Put the file there, or correct HARDFIRST_WEIGHTS"
@@ -241,7 +242,7 @@ def look_at_token(own: Services) -> Check:
     if days is not None and days < EXPIRES_SOON:
         ends = f"the {kind} of {whose} ends in {max(days, 0):.0f} days"
         return warning(name, ends, f"Take a new one in time: {take}")
-    until = "" if days is None else f", valid for {days:,.0f} more days"
+    until = "" if days is None or days > FOR_EVER else f", valid for {days:,.0f} more days"
     return ok(name, f"{kind} of {whose}{until}")
 
 
