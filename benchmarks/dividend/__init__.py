@@ -31,6 +31,11 @@ PICTURES = ("curves", "rare")
 DEFAULT = "hybrid_k_center"  # what a project gets that sets nothing
 LEADERS = f"random,random@2,{DEFAULT},hybrid,k_center,hybrid_coverage"
 EVERY = f"{LEADERS},least_confidence,margin,entropy,kmeans,coverage,committee:committee_size=3"
+# The default, and it with one thing otherwise.
+SETTINGS = (
+    f"random,{DEFAULT},{DEFAULT}:aggregate=sum,{DEFAULT}:aggregate=mean,{DEFAULT}:alpha=1,{DEFAULT}:whiten=false,"
+    f"{DEFAULT}:class_weights=false,k_center:whiten=true,k_center"
+)
 ONE, THREE, SIX = "0", "0,1,2", "0,1,2,3,4,5"
 
 Json = dict[str, Any]
@@ -48,6 +53,7 @@ POOLS: Mapping[str, tuple[str, ...]] = MappingProxyType(
 STAGES: Mapping[str, tuple[str, str]] = MappingProxyType(
     {
         "strategies": (EVERY, ONE),
+        "settings": (SETTINGS, ONE),
         "leaders": (LEADERS, THREE),
         "winner": (f"random,random@2,{DEFAULT}", SIX),
     }
