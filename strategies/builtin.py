@@ -87,7 +87,7 @@ def kmeans(pool: Pool, batch_size: int, rng: np.random.Generator, options: Optio
 
 
 def hybrid(pool: Pool, batch_size: int, rng: np.random.Generator, options: Options = None) -> Selection:
-    """alpha * uncertainty + beta * k-means distance, near-duplicates left out. The default.
+    """alpha * uncertainty + beta * k-means distance, near-duplicates left out: the rule of the textbooks.
 
     late: "uncertainty_scale", "centroids", "distance_low", "distance_high".
     """
@@ -139,11 +139,13 @@ def coverage(pool: Pool, batch_size: int, rng: np.random.Generator, options: Opt
 
 
 def hybrid_k_center(pool: Pool, batch_size: int, rng: np.random.Generator, options: Options = None) -> Selection:
-    """alpha * uncertainty + beta * distance to the nearest image labelled or taken, near-duplicates left out.
+    """uncertainty^alpha * (distance to the nearest image labelled or taken)^beta, near-duplicates left out. The default.
 
-    `hybrid` with the distance of `k_center`, over the largest there was at the start, in place of that to a centroid:
-    an image like one that is labelled or in the batch is worth less, by how much it is like it. Rows outside the
-    batch: half of that sum. parts and late as in `k_center`, and "uncertainty" and "uncertainty_scale".
+    A core-set (Sener & Savarese 2018) weighed by uncertainty: the distance of `k_center`, over the largest there was at
+    the start, in whitened embeddings; an image like one that is labelled or in the batch is worth less, by how much it
+    is like it, however uncertain. mix "sum" weighs the two as `hybrid` does. Rows outside the batch: half of their
+    value. parts and late as in `k_center`, and "uncertainty", "uncertainty_scale", and with whiten "whitening_mean" and
+    "whitening_matrix".
     """
     settings = _settings("hybrid_k_center", batch_size, rng, options)
     pool, whitening = _space(pool, settings)
