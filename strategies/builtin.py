@@ -139,7 +139,7 @@ def coverage(pool: Pool, batch_size: int, rng: np.random.Generator, options: Opt
 
 
 def hybrid_k_center(pool: Pool, batch_size: int, rng: np.random.Generator, options: Options = None) -> Selection:
-    """uncertainty^alpha * (distance to the nearest image labelled or taken)^beta, near-duplicates left out. The default.
+    """uncertainty^alpha * (distance to the nearest labelled or taken image)^beta, no near-duplicates. The default.
 
     A core-set (Sener & Savarese 2018) weighed by uncertainty: the distance of `k_center`, over the largest there was at
     the start, in whitened embeddings; an image like one that is labelled or in the batch is worth less, by how much it
