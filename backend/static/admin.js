@@ -63,11 +63,26 @@ async function refresh() {
   const batchBefore = byId("batch-about")?.textContent;
   for (const section of fresh.querySelectorAll("[data-live][id]")) {
     const old = byId(section.id);
-    if (old && !old.dataset.touched && !old.isEqualNode(section)) exchange(old, section);
+    if (old && !old.dataset.touched && differs(old, section)) exchange(old, section);
   }
   replaceTasks(fresh);
   if (byId("batch-about")?.textContent !== batchBefore) showSelection();
   window.drawCharts?.(); // curve.js: the overview has no charts
+}
+
+// Whether a section has changed. What a button was answered is no change: it stays as long as nothing else does, or as
+// long as the section waits for what the button asked for.
+function differs(old, section) {
+  const kept = [];
+  for (const said of old.querySelectorAll("[role=status][id]")) {
+    const place = section.querySelector(`[id="${said.id}"]`);
+    if (!place || place.textContent) continue;
+    place.textContent = said.textContent;
+    kept.push(place);
+  }
+  if (old.isEqualNode(section)) return false;
+  if (!section.querySelector("[data-waiting]")) for (const place of kept) place.textContent = "";
+  return true;
 }
 
 // What was opened stays open, and the keyboard stays where it was.

@@ -56,7 +56,7 @@ async function fragment(path) {
 function replaceSection(id, fresh) {
   const old = byId(id);
   const section = fresh.getElementById(id);
-  if (old && section && !old.isEqualNode(section)) exchange(old, section);
+  if (old && section && differs(old, section)) exchange(old, section);
 }
 
 async function pollWork() {
