@@ -139,6 +139,12 @@ def test_the_figures_in_the_text_are_those_of_the_results() -> None:
     short = {"dividend": dividend.short_table(found[dividend.FRONT])}
     assert dividend.with_tables(front, short) == front, "run: scripts/py -m benchmarks.dividend --write"
     assert "<!-- table: dividend -->" in front
+    (winner,) = (row for row in found["factory/winner"] if row["arm"] == dividend.DEFAULT)
+    gain, low, high = (f"{100 * winner[name]:.1f}" for name in ("area_gain", "area_low", "area_high"))
+    told = " ".join(front.split())
+    assert winner["seeds"] == 6
+    assert f"Over six paired seeds the default's curve lies {gain} points above random's" in told
+    assert f"(95 % interval: {low} to {high})" in told
     assert dividend.with_tables(text, tables) == text, "run: scripts/py -m benchmarks.dividend --write"
     assert set(re.findall(r"<!-- table: (\S+) -->", text)) >= set(tables), "a table is nowhere in the text"
 
