@@ -133,6 +133,9 @@ def without_paths(results: Json) -> Json:
         "data": "/".join(Path(results["data"]["data"]).parts[-2:]),
         "base_weights": Path(results["data"]["base_weights"]).name,
     }
+    kept["settings"] = {
+        label: {**one, "weights": Path(one.get("weights") or "").name} for label, one in results["settings"].items()
+    }
     kept["commands"] = [shlex.join(map(_without_folder, shlex.split(results["command"])))]
     return kept
 
