@@ -11,8 +11,8 @@ from typing import Any
 from sqlalchemy import Connection, Row, func, select
 
 from backend.views import AlikeTask, BatchTask, BatchView, ClassBalance, task_url
-from strategies import validate_options
 from strategies.errors import StrategyError
+from strategies.options import weights_in_sum
 from worker.artifacts import round_key
 from worker.errors import HardfirstError
 from worker.reasons import reason
@@ -84,13 +84,9 @@ def explained(connection: Connection, own: Services, project_id: int, batch: Bat
 def weights_of(strategy: str, options: Mapping[str, Any]) -> tuple[float, float] | None:
     """Weights of uncertainty and diversity in the utility; None: it is no weighted sum."""
     try:
-        complete = validate_options(strategy, options)
+        return weights_in_sum(strategy, options)
     except StrategyError:
         return None
-    if "alpha" not in complete or complete.get("mix") == "product":
-        return None
-    whole = max(1.0, complete["alpha"] + complete["beta"])
-    return complete["alpha"] / whole, complete["beta"] / whole
 
 
 def explain(

@@ -115,6 +115,18 @@ def strategy_options(name: str) -> dict[str, Value]:
     return {option.name: option.default for option in OPTIONS[check_name(name)]}
 
 
+def weights_in_sum(name: str, options: Mapping[str, object] | None = None) -> tuple[float, float] | None:
+    """Shares of uncertainty and diversity in the utility; None: it is no weighted sum of them.
+
+    Raises: StrategyUnknown, OptionsInvalid.
+    """
+    complete = validate_options(name, options)
+    if "alpha" not in complete or complete.get("mix") == "product":
+        return None
+    whole = max(1.0, complete["alpha"] + complete["beta"])
+    return complete["alpha"] / whole, complete["beta"] / whole
+
+
 def validate_options(name: str, options: Mapping[str, object] | None = None) -> dict[str, Any]:
     """The options of a strategy, complete (defaults filled in) and of plain Python types; needs no pool.
 

@@ -14,7 +14,7 @@ from jinja2 import Environment, PackageLoader, select_autoescape
 from numpy.typing import NDArray
 from PIL import Image
 
-from strategies.options import validate_options
+from strategies.options import weights_in_sum
 from worker.reasons import certainty
 
 MAX_CARDS = 300  # about 6 MB: what a browser opens at once
@@ -157,11 +157,8 @@ def shown_parts(card: Card, weights: Mapping[str, float]) -> list[ShownPart]:
 
 def _weights(strategy: str, options: Mapping[str, Any]) -> dict[str, float]:
     """Of the parts in the utility; empty: it is no weighted sum."""
-    complete = validate_options(strategy, options)
-    if "alpha" not in complete or complete.get("mix") == "product":
-        return {}
-    whole = max(1.0, complete["alpha"] + complete["beta"])
-    return {"uncertainty": complete["alpha"] / whole, "diversity": complete["beta"] / whole}
+    weights = weights_in_sum(strategy, options)
+    return {} if weights is None else dict(zip(("uncertainty", "diversity"), weights, strict=True))
 
 
 def legend_of(sheet: Sheet) -> list[Legend]:

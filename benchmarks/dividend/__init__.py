@@ -151,7 +151,8 @@ def merged(old: Json, new: Json) -> Json:
 
     Raises: BadRequest: they were not played on the same data, or an arm not with the same settings.
     """
-    ours, theirs = ({**results["data"], "seeds": None} for results in (old, new))
+    # where the files lay says nothing of what they are
+    ours, theirs = ({**results["data"], "seeds": None, "data": None} for results in (old, new))
     if ours != theirs:
         differing = sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
         raise BadRequest(f"what is kept was played with other {', '.join(differing)}: move it away, or play as it was")

@@ -106,7 +106,7 @@ def test_what_is_kept_names_no_path_of_a_machine(results: dict[str, Any]) -> Non
 def test_runs_of_several_sessions_are_one_comparison(results: dict[str, Any]) -> None:
     first = dividend.without_paths(results)
     later = json.loads(json.dumps(first))
-    later["data"]["seeds"] = [2]
+    later["data"] |= {"seeds": [2], "data": "elsewhere/data.yaml"}
     later["commands"] = ["hardfirst simulate --seeds=2"]
     later["runs"] = [played("x", 2, [0.2, 0.5, 0.6], [0, 0, 0]), played("random", 1, [0.2], [0.0])]
     both = dividend.merged(first, later)
