@@ -80,9 +80,18 @@ function differs(old, section) {
     place.textContent = said.textContent;
     kept.push(place);
   }
-  if (old.isEqualNode(section)) return false;
+  if (equal(old, section)) return false;
   if (!section.querySelector("[data-waiting]")) for (const place of kept) place.textContent = "";
   return true;
+}
+
+// A button that is pressed is disabled until it is answered: that is not the section's doing.
+function equal(old, section) {
+  const pressed = [...old.querySelectorAll("button[data-act]:disabled")];
+  for (const button of pressed) button.disabled = false;
+  const same = old.isEqualNode(section);
+  for (const button of pressed) button.disabled = true;
+  return same;
 }
 
 // What was opened stays open, and the keyboard stays where it was.

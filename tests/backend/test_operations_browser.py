@@ -32,7 +32,7 @@ pytestmark = pytest.mark.slow  # a browser takes its time
 HOSTILE = """<img src=x onerror="window.hacked=1">'\u202enut"""
 CONFIG = (
     '<View><Image name="image" value="$image"/><RectangleLabels name="label" toName="image"><Label value="bolt"/>'
-    "<Label value=\"&lt;img src=x onerror=&quot;window.hacked=1&quot;&gt;'\u202enut\"/></RectangleLabels></View>"
+    '<Label value="&lt;img src=x onerror=&quot;window.hacked=1&quot;&gt;\'\u202enut"/></RectangleLabels></View>'
 )
 TOO_WIDE = """() => document.documentElement.scrollWidth <= innerWidth ? [] : [...document.querySelectorAll("body *")]
   .filter((one) => one.getBoundingClientRect().right > innerWidth)
@@ -214,7 +214,7 @@ def test_settings_say_what_is_wrong_and_are_saved(page: Any, site: tuple[str, St
     with site[1].read() as connection:
         stored = json.loads(connection.execute(select(projects.c.extra_params)).scalar_one())
     assert stored == {"batch_size": 3, "strategy": "k_center", "strategy_options": {}}
-    assert "strategy: default -> \"k_center\"" in page.locator("#settings").inner_text()
+    assert 'strategy: default -> "k_center"' in page.locator("#settings").inner_text()
 
 
 def test_a_form_that_is_being_filled_in_is_left_alone_by_the_refresh(page: Any, site: tuple[str, Store]) -> None:
@@ -258,6 +258,9 @@ def test_looking_again_shows_what_was_found_where_the_keyboard_stays(
     monkeypatch.setattr(suspects_view, "KEPT_SECONDS", 0.0)
     press_on(page, "[data-act=suspects]")
     page.wait_for_selector("#suspects-said:has-text('compared again')")
+    page.wait_for_selector("[data-act=suspects]:not([disabled])")
+    page.wait_for_timeout(2500)  # refreshes that bring nothing new leave it there
+    assert "compared again" in page.locator("#suspects-said").inner_text()
     artifacts = Artifacts(Settings(_env_file=None, data_dir=tmp_path).artifacts_root, tmp_path / "cache")
     found = {"made_at": 2.0, "images": 4321, "counts": {"missing": 0, "class": 0, "extra": 0}, "suspects": []}
     artifacts.put(round_key(7, 1, "suspects.json"), json.dumps(found).encode())

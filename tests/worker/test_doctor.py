@@ -208,6 +208,16 @@ def test_a_token_that_ends_soon_is_a_warning(make: Callable[..., Services], monk
     assert found.sentence == "the personal access token of ann@example.com ends in 3 days"
 
 
+def test_how_long_a_token_is_valid_is_told_unless_it_is_for_ever(
+    make: Callable[..., Services], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for days, told in ((90, ", valid for 90 more days"), (73_000, "")):
+        own = make(label_studio_api_key=jwt(exp=time.time() + 86_400 * days + 60))
+        monkeypatch.setattr(own.label_studio, "whoami", lambda: {"email": "ann@example.com"})
+        found = doctor.look_at_token(own)
+        assert (found.status, found.sentence) == (Status.OK, f"personal access token of ann@example.com{told}")
+
+
 # --- queue and workers ------------------------------------------------------------------------------------------------
 
 
