@@ -24,10 +24,10 @@ class Pool:
     keys                   (N,) int64 or str, unique, ascending: what names an image outside (a task id)
     uncertainty            measure name -> (N,) >= 0; above 1 by "sum", "open" or class weights (strategies rescale)
     embeddings             (N, D) float32
-    labelled_embeddings    (L, D) float32, L may be 0
+    labelled_embeddings    (L, D) float32 of what is trained on, L may be 0
     disagreement           (N,) >= 0, or None without a committee
     duplicate_groups       (N,) whole numbers, equal for near-duplicates, or None when not computed
-    duplicates_of_labelled (N,) booleans, True for a near-duplicate of a labelled image, or None
+    duplicates_of_labelled (N,) booleans, True for a near-duplicate of a labelled or held out image, or None
 
     Make one with `Pool.build`, which sorts; the constructor refuses rows that are not sorted, because positions index
     these rows and not the caller's. Arrays are read-only. Raises PoolInvalid (a ValueError).

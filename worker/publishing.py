@@ -165,12 +165,14 @@ def choose(
     """
     in_holdout = np.array([held.get(int(task_id)) is True for task_id in scored.task_ids], dtype=bool)
     pool = scored.rows(~is_labelled & ~np.isin(scored.task_ids, list(barred)))
-    known = scored.rows(is_labelled | in_holdout)  # neither is asked for again, nor are their near-duplicates
+    is_trained = is_labelled & ~in_holdout & ~np.isin(scored.task_ids, list(barred))
+    known = scored.rows(is_trained)
+    untrained = scored.rows((is_labelled | in_holdout) & ~is_trained)
     left = [int(task_id) for task_id in scored.task_ids[in_holdout & ~is_labelled]]
     generator(settings, project_id, 0, "holdout order").shuffle(left)
     if number == 0:
-        return first_batch(pool, known, left, settings, project_id)
-    return next_batch(pool, known, left, settings, project_id, number)
+        return first_batch(pool, known, left, settings, project_id, untrained)
+    return next_batch(pool, known, left, settings, project_id, number, untrained)
 
 
 def _draw_splits(

@@ -116,11 +116,20 @@ def _members(groups: NDArray[np.int64]) -> list[NDArray[np.int64]]:
 
 
 def first_batch(
-    pool: ScoredTasks, labelled: ScoredTasks, holdout_left: Sequence[int], settings: ProjectSettings, project_id: int
+    pool: ScoredTasks,
+    labelled: ScoredTasks,
+    holdout_left: Sequence[int],
+    settings: ProjectSettings,
+    project_id: int,
+    untrained: ScoredTasks | None = None,
 ) -> Batch:
-    """Holdout and a diverse seed, interleaved. A project set to `random` gets a random seed: an honest comparison."""
+    """Holdout and a diverse seed, interleaved. A project set to `random` gets a random seed: an honest comparison.
+
+    Args: labelled, untrained: as of `next_batch`.
+    """
     strategy = "random" if settings.strategy == "random" else FIRST_STRATEGY
-    return _batch(pool, labelled, holdout_left, settings, strategy, {}, generator(settings, project_id, 0, "seed"))
+    rng = generator(settings, project_id, 0, "seed")
+    return _batch(pool, labelled, untrained, holdout_left, settings, strategy, {}, rng)
 
 
 def next_batch(
@@ -130,16 +139,24 @@ def next_batch(
     settings: ProjectSettings,
     project_id: int,
     round_number: int,
+    untrained: ScoredTasks | None = None,
 ) -> Batch:
-    """What the project's strategy picks, and what is left of the holdout, interleaved."""
+    """What the project's strategy picks, and what is left of the holdout, interleaved.
+
+    Args:
+        labelled: what is trained on: strategies measure how far an image is from these.
+        untrained: the holdout, and what is labelled but never trained on. Their near-duplicates are left out as those
+            of `labelled` are, but the detector learns nothing from them: what lies near them is still to be learned.
+    """
     rng = generator(settings, project_id, round_number, "select")
     options = dict(settings.strategy_options)
-    return _batch(pool, labelled, holdout_left, settings, settings.strategy, options, rng)
+    return _batch(pool, labelled, untrained, holdout_left, settings, settings.strategy, options, rng)
 
 
 def _batch(
     pool: ScoredTasks,
     labelled: ScoredTasks,
+    untrained: ScoredTasks | None,
     holdout_left: Sequence[int],
     settings: ProjectSettings,
     strategy: str,
@@ -149,6 +166,7 @@ def _batch(
     if not len(pool.task_ids):
         return Batch(list(holdout_left), {}, {}, strategy, options, notes=["the pool is empty"])
     threshold = settings.near_duplicate_threshold
+    asked = [one.embeddings for one in (labelled, untrained) if one is not None and len(one.task_ids)]
     built = Pool.build(
         keys=pool.task_ids,
         uncertainty=pool.uncertainty,
@@ -157,9 +175,7 @@ def _batch(
         disagreement=pool.disagreement,
         duplicate_groups=near_duplicate_groups(pool.embeddings, threshold),
         duplicates_of_labelled=(
-            near_duplicates_of_labelled(pool.embeddings, labelled.embeddings, threshold)
-            if len(labelled.task_ids)
-            else None
+            near_duplicates_of_labelled(pool.embeddings, np.concatenate(asked), threshold) if asked else None
         ),
     )
     selection = STRATEGIES[strategy](built, settings.batch_size, rng, options)

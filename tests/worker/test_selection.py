@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from strategies import STRATEGIES
 from strategies.uncertainty import MEASURES
+from worker.publishing import choose
 from worker.selection import ScoredTasks, draw_holdout, first_batch, generator, interleave, next_batch
 from worker.settings import ProjectSettings
 
@@ -191,3 +192,24 @@ def test_of_two_look_alikes_in_a_batch_the_first_stands_for_the_others() -> None
     batch = next_batch(scored([10, 11, 12, 13], bursts, [0.5, 0.9, 0.8, 0.1]), scored([], apart(0)), [], settings, 7, 1)
     assert batch.task_ids == [11, 12]
     assert batch.alike == {11: [10]}
+
+
+@pytest.mark.parametrize("labelled", [[2], [1, 2], [2, 3]])
+def test_distances_are_measured_to_what_is_trained_on_alone(labelled: list[int]) -> None:
+    """1 is of the holdout, 3 looks like it and is barred; 2 is trained on. 11 lies near 1 and 3, 12 near 2."""
+    places = [[1, 0, 0], [0, 1, 0], [1, 0, 0.01], [0.9, 0, 0.44], [0, 0.9, 0.44], [1, 0, 0]]
+    tasks = scored([1, 2, 3, 11, 12, 13], np.array(places, np.float32))
+    settings = ProjectSettings(strategy="k_center", batch_size=1, strategy_options={"suppress_duplicates": True})
+    batch = choose(tasks, np.isin(tasks.task_ids, labelled), {1: True}, {1, 3}, settings, 7, 1)
+    assert [task_id for task_id in batch.task_ids if task_id != 1] == [11]  # not 13: a copy of the holdout's image
+    assert batch.late_arrays["anchors"].tolist() == tasks.embeddings[[1, 3]].tolist()  # 2, and what was chosen
+
+
+def test_the_first_seed_is_as_diverse_as_if_there_were_no_holdout() -> None:
+    tasks = scored(list(range(60)), np.random.default_rng(RNG).normal(size=(60, 4)).astype(np.float32))
+    held = {task_id: task_id < 30 for task_id in range(60)}
+    settings = ProjectSettings(batch_size=8, near_duplicate_threshold=1.0)
+    batch = choose(tasks, nobody(60), held, set(range(30)), settings, 7, 0)
+    alone = first_batch(tasks.rows(tasks.task_ids >= 30), tasks.rows(nobody(60)), [], settings, 7)
+    assert [task_id for task_id in batch.task_ids if task_id >= 30] == alone.task_ids
+    assert sorted(batch.task_ids)[:30] == list(range(30))
