@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ from PIL import Image, ImageDraw
 from worker.boxes import yolo_to_xyxy
 from worker.images import decode_image
 from worker.simulate import Bench, Step, write_bytes, write_json
-from worker.simulation_results import Json, collect, compare, rounds_of
+from worker.simulation_results import Json, collect, compare, other_draws, rounds_of
 from worker.simulation_world import Oracle
 
 if TYPE_CHECKING:
@@ -84,7 +85,8 @@ def headline(results: Json) -> list[str]:
     comparison, said = results["comparison"], []
     base = comparison["baseline"]
     areas = {label: found for label, found in comparison["areas"].items() if found["n"] and label != base}
-    real = {label: found for label, found in areas.items() if label != comparison["noise_arm"]}
+    noise = {label: areas[label] for label in other_draws(results["arms"], base) if label in areas}
+    real = {label: found for label, found in areas.items() if label not in noise}
     if not real:
         return ["There is no arm yet that can be compared."]
     best = max(real, key=lambda label: real[label]["difference"])
@@ -100,16 +102,27 @@ def headline(results: Json) -> list[str]:
             f"It reaches {base}'s last mAP50 ({saved['final']:.3f}) with {saved['to_final']:.0f} labels, "
             f"{saved['share_to_final']:.0%} of what {base} had."
         )
-    if (noise := comparison["noise_arm"]) and areas.get(noise, {}).get("n"):
-        said.append(
-            f"Noise: another draw of {base} differs from it by {areas[noise]['difference'] * 100:+.1f} points over the "
-            "curve. A difference of that size means nothing."
-        )
+    if noise:
+        said.append(_noise_words(base, noise))
     else:
         said.append(f"How large noise is, is not known: add the arm {base}@2, another draw of {base}, to see it.")
     if len(real) > 1:
         said.append("The best of several was picked after seeing them all, which flatters it: prove it on other seeds.")
     return said
+
+
+def _noise_words(base: str, noise: Mapping[str, Json]) -> str:
+    """Of single seeds: the mean of A/A differences is 0 but for luck, however large each of them is."""
+    each = [value for found in noise.values() for value in found["each"]]
+    differs = f"Noise: another draw of {base} differs from it by {_largest(each) * 100:+.1f} points over the curve"
+    if len(each) == 1:
+        return f"{differs}. A difference of that size means nothing on one seed."
+    spread = math.sqrt(float(np.mean(np.square(each)))) * 100
+    return f"{differs} at most and by {spread:.1f} typically, on one seed: such a difference on one seed means nothing."
+
+
+def _largest(values: Sequence[float]) -> float:
+    return max(values, key=abs)
 
 
 def _interval_words(found: Json) -> str:

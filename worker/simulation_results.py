@@ -19,11 +19,13 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
+from strategies.options import validate_options
 from worker.arms import Arm
 from worker.composition import contents, mean_ap50, rare_names
 from worker.evaluation import EvaluationArrays, bootstrap_map50
 from worker.simulate import Bench, Plan, Step
 from worker.simulation_world import World
+from worker.uncertainty import said_in_full
 
 LEVEL = 0.95
 SAMPLES = 500  # of the holdout's images
@@ -52,7 +54,7 @@ def collect(bench: Bench, failures: Mapping[str, str]) -> Json:
         },
         "data": _data(bench, rare),
         "settings": {arm.label: _settings(plan, arm) for arm in plan.arms},
-        "arms": [_arm(arm) for arm in plan.arms],
+        "arms": [_arm(plan, arm) for arm in plan.arms],
         "runs": runs,
     }
 
@@ -91,13 +93,18 @@ def _settings(plan: Plan, arm: Arm) -> Json:
     return {name: value for name, value in found.items() if name != "seed"}
 
 
-def _arm(arm: Arm) -> Json:
+def _arm(plan: Plan, arm: Arm) -> Json:
+    """`options` and `overrides` as they were given, `played` with what they leave to defaults, which may change."""
     return {
         "label": arm.label,
         "strategy": arm.strategy,
         "draw": arm.draw,
         "options": dict(arm.options),
         "overrides": dict(arm.overrides),
+        "played": {
+            "options": validate_options(arm.strategy, arm.options),
+            "reading": said_in_full(plan.settings(arm, plan.seeds[0])),
+        },
     }
 
 
@@ -186,10 +193,14 @@ def compare(results: Json, arrays: Callable[[str], EvaluationArrays] | None) -> 
 
 def noise_arm(arms: Sequence[Json], baseline: str) -> str | None:
     """Another draw of the baseline: what differs between the two is noise."""
+    return next(iter(other_draws(arms, baseline)), None)
+
+
+def other_draws(arms: Sequence[Json], baseline: str) -> list[str]:
     first = next(arm for arm in arms if arm["label"] == baseline)
     same = ("strategy", "options", "overrides")
-    twins = [arm for arm in arms if arm["draw"] != first["draw"] and all(arm[key] == first[key] for key in same)]
-    return twins[0]["label"] if twins else None
+    twins = (arm for arm in arms if arm["draw"] != first["draw"] and all(arm[key] == first[key] for key in same))
+    return [arm["label"] for arm in twins]
 
 
 def rounds_of(results: Json, arm: str) -> dict[int, list[Json]]:
@@ -232,7 +243,7 @@ def _areas(results: Json, arm: str, baseline: str) -> Json:
     """Over the rounds that an arm's seed and the baseline's both have, so that a run under way compares alike."""
     own, base = rounds_of(results, arm), rounds_of(results, baseline)
     means, gains = [], []
-    for seed in own.keys() & base.keys():
+    for seed in sorted(own.keys() & base.keys()):
         common = min(len(own[seed]), len(base[seed]))
         mine, other = area(own[seed][:common]), area(base[seed][:common])
         if mine is not None and other is not None:
@@ -241,7 +252,8 @@ def _areas(results: Json, arm: str, baseline: str) -> Json:
     if not means:
         return {"n": 0}
     mean, low, high = mean_interval(gains)
-    return {"n": len(means), "mean": float(np.mean(means)), "difference": mean, "low": low, "high": high}
+    found = {"n": len(means), "mean": float(np.mean(means)), "difference": mean, "low": low, "high": high}
+    return {**found, "each": gains}
 
 
 def _samples(results: Json, arrays: Callable[[str], EvaluationArrays]) -> dict[str, Vector]:
@@ -291,8 +303,12 @@ def labels_needed(labels: Sequence[float], heights: Sequence[float], target: flo
 
 
 def labels_saved(results: Json, arm: str, baseline: str) -> Json:
-    """On the mean curves: what the baseline needs for the arm's mAP50 at each budget, and the arm for its last one."""
-    own, base = curve(results, arm, "labels"), curve(results, baseline, "labels")
+    """On the mean curves: what the baseline needs for the arm's mAP50 at each budget, and the arm for its last one.
+
+    Over the seeds on which both have come farthest, so that all points of both are means over the same seeds.
+    """
+    both = _paired(results, arm, baseline)
+    own, base = curve(both, arm, "labels"), curve(both, baseline, "labels")
     common = min(len(own), len(base))
     if common < 2:
         return {"budgets": [], "to_final": None, "share_to_final": None}
@@ -306,3 +322,17 @@ def labels_saved(results: Json, arm: str, baseline: str) -> Json:
     reached = labels_needed([p["x"] for p in own], [p["mean"] for p in own], last["mean"])
     share = None if reached is None else reached / last["x"]
     return {"budgets": budgets, "final": last["mean"], "to_final": reached, "share_to_final": share}
+
+
+def _paired(results: Json, arm: str, baseline: str) -> Json:
+    """The runs of the two on the seeds on which both have come farthest, as far as both have."""
+    own, base = rounds_of(results, arm), rounds_of(results, baseline)
+    common = {seed: min(len(own[seed]), len(base[seed])) for seed in sorted(own.keys() & base.keys())}
+    farthest = max(common.values(), default=0)
+    runs = [
+        {"arm": label, "seed": seed, "rounds": rounds[seed][:farthest]}
+        for label, rounds in ((arm, own), (baseline, base))
+        for seed, length in common.items()
+        if length == farthest
+    ]
+    return {**results, "runs": runs}

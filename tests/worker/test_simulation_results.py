@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from strategies.options import strategy_options
+from worker.arms import parse_arms
 from worker.evaluation import EvaluationArrays
+from worker.simulate import Plan
 from worker.simulation_report import batch_table, draw, headline, render
 from worker.simulation_results import (
+    _arm,
     _samples,
     area,
     compare,
@@ -20,6 +25,7 @@ from worker.simulation_results import (
     mean_interval,
     noise_arm,
 )
+from worker.uncertainty import BY_STRATEGY
 
 
 def arm(label: str, draw: int = 1, **options: Any) -> dict[str, Any]:
@@ -55,7 +61,7 @@ def results(curves: dict[str, list[list[float]]]) -> dict[str, Any]:
         "seconds_per_image": 8.0, "seconds_per_box": 7.0, "base_weights": "yolo11n.yaml",
     }
     settings = {"epochs": 30, "imgsz": 160, "train_batch": 16, "nominal_batch": 64}
-    arms = [arm(label, draw=2 if "@2" in label else 1) for label in curves]
+    arms = [arm(label, draw=int(label.partition("@")[2] or 1)) for label in curves]
     return {
         "command": "hardfirst simulate <script>", "complete": True, "failures": {}, "versions": {"numpy": "2"},
         "data": data, "settings": dict.fromkeys(curves, settings), "arms": arms, "runs": runs,
@@ -122,6 +128,23 @@ def test_labels_saved_on_the_mean_curves() -> None:
     assert found["share_to_final"] == pytest.approx(200 / 350)
 
 
+def test_labels_saved_are_of_the_seeds_that_both_have() -> None:
+    lucky = [0.8, 0.8, 0.8, 0.9]  # a seed that hybrid has not played, or not to the end
+    played = results({"random": [[0.1, 0.2, 0.3, 0.4], lucky], "hybrid": [[0.1, 0.3, 0.5, 0.6]]})
+    assert labels_saved(played, "hybrid", "random")["to_final"] == pytest.approx(200)
+    played = results({"random": [[0.1, 0.2, 0.3, 0.4], lucky], "hybrid": [[0.1, 0.3, 0.5, 0.6], lucky[:1]]})
+    assert labels_saved(played, "hybrid", "random")["to_final"] == pytest.approx(200)
+
+
+def test_what_an_arm_leaves_to_defaults_is_written_down() -> None:
+    arms = tuple(parse_arms("hybrid_k_center:alpha=1,threshold=0.2"))
+    plan = Plan(Path("data.yaml"), Path("out"), arms, (0,), rounds=1, batch_size=5, seed_size=5)
+    played = _arm(plan, arms[0])["played"]
+    assert played["options"] == {**strategy_options("hybrid_k_center"), "alpha": 1.0}
+    assert played["reading"]["uncertainty_threshold"] == 0.2
+    assert played["reading"]["uncertainty_aggregate"] == BY_STRATEGY["hybrid_k_center"].aggregate
+
+
 def test_another_draw_of_random_is_the_noise() -> None:
     arms = [arm("random"), arm("hybrid", 2), arm("random@2", 2), arm("random@3", 3, suppress_duplicates=True)]
     assert noise_arm(arms, "random") == "random@2"
@@ -171,6 +194,17 @@ def test_the_headline_claims_no_more_than_two_seeds_allow() -> None:
     assert "hybrid lies 9.0 points of mAP50 above random" in said
     assert "six seeds or more are needed for a claim" in said
     assert "another draw of random differs from it by +0.5 points" in said
+
+
+def test_draws_that_differ_in_both_directions_are_not_called_quiet() -> None:
+    draws = {"random@2": [[0.1, 0.3, 0.4], [0.2, 0.2, 0.3]], "random@3": [[0.1, 0.4, 0.5], [0.2, 0.3, 0.4]]}
+    found = results({"random": RANDOM, **draws, "hybrid": [[0.1, 0.2, 0.3], [0.2, 0.31, 0.4]]})
+    found["comparison"] = compare(found, None)
+    assert found["comparison"]["areas"]["random@2"]["difference"] == pytest.approx(0)
+    said = " ".join(headline(found))
+    # on single seeds +7.5 and -7.5, +15 and 0 points
+    assert "differs from it by +15.0 points over the curve at most and by 9.2 typically, on one seed" in said
+    assert "Over the whole curve hybrid lies" in said  # no draw of random is the best of two arms
 
 
 def test_batches_are_told_one_by_one() -> None:
