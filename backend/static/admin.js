@@ -5,6 +5,7 @@
 const POLL_MS = 2000;
 const OVERVIEW_POLL_MS = 5000; // it fetches the whole page
 const HIDDEN_POLL_MS = 15000;
+const ANSWER_MS = 20000; // a backend that hangs is one that does not answer
 const root = document.body.dataset.root;
 const heading = document.querySelector("[data-project]");
 const byId = (id) => document.getElementById(id);
@@ -20,11 +21,29 @@ function grouped(number) {
   return String(number).replace(/\B(?=(\d{3})+$)/g, "\u2009");
 }
 
-async function fetchJson(path, options = {}) {
-  const response = await fetch(root + path, options);
-  const body = await response.json().catch(() => ({}));
-  if (!response.ok) throw new Error(body.detail || `the backend answered HTTP ${response.status}`);
+// With the origin: nothing can be fetched relative to an address that holds user:password@. What changes something is
+// waited for as long as it takes.
+const ask = (path, options = {}) =>
+  fetch(location.origin + path, options.method ? options : { ...options, signal: AbortSignal.timeout(ANSWER_MS) });
+
+const readJson = (response) => response.json().catch(() => ({})); // a proxy's answer may be anything
+
+const refusal = (response, body) => body.detail || `the backend answered HTTP ${response.status}`;
+
+async function fetchJson(path, options) {
+  const response = await ask(root + path, options);
+  const body = await readJson(response);
+  if (!response.ok) throw new Error(refusal(response, body));
   return body;
+}
+
+// A page, or a part of one.
+async function fetchPage(address) {
+  const response = await ask(address, { headers: { Accept: "text/html" } });
+  if (!response.ok) throw new Error(refusal(response, await readJson(response)));
+  const fresh = new DOMParser().parseFromString(await response.text(), "text/html");
+  localTimes(fresh);
+  return fresh;
 }
 
 function localTimes(within) {
@@ -53,13 +72,14 @@ function showBanners(sentences) {
 // --- fetching the page again -----------------------------------------------------------------------------------------
 
 let shown = Number(heading?.dataset.page || 0);
+let asked = 0; // pages asked for
+let newest = 0; // of those that came
 
 async function refresh() {
-  const address = heading ? `${location.pathname}?shown=${shown}` : location.pathname;
-  const response = await fetch(address, { headers: { Accept: "text/html" } });
-  if (!response.ok) return;
-  const fresh = new DOMParser().parseFromString(await response.text(), "text/html");
-  localTimes(fresh);
+  const turn = ++asked;
+  const fresh = await fetchPage(heading ? `${location.pathname}?shown=${shown}` : location.pathname);
+  if (turn < newest) return; // what was asked for later was faster
+  newest = turn;
   const batchBefore = byId("batch-about")?.textContent;
   for (const section of fresh.querySelectorAll("[data-live][id]")) {
     const old = byId(section.id);

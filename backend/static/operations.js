@@ -5,7 +5,7 @@
 const WORK_MS = 5000;
 
 const send = (method, path, body) =>
-  fetch(root + path, {
+  ask(root + path, {
     method,
     headers: body === undefined ? {} : { "Content-Type": "application/json" },
     body: body === undefined ? undefined : JSON.stringify(body),
@@ -139,14 +139,14 @@ async function saveSettings(form) {
   setText("settings-said", "Asking Label Studio, which keeps them…");
   try {
     const response = await send("PATCH", ofProject("/settings"), { values });
-    const body = await response.json().catch(() => ({}));
+    const body = await readJson(response);
     if (response.ok) {
       delete byId("settings").dataset.touched;
       await refresh();
       setText("settings-said", "Saved. They count from the next round on.");
     } else {
       const told = showWrong(form, body.fields || {});
-      setText("settings-said", told ? "Nothing was changed: see the fields marked." : body.detail);
+      setText("settings-said", told ? "Nothing was changed: see the fields marked." : refusal(response, body));
     }
   } catch (error) {
     setText("settings-said", error.message);
@@ -204,9 +204,10 @@ async function showPreview(form) {
   setText("preview-said", "A worker chooses the batch…");
   try {
     const response = await send("POST", ofProject("/previews"), body);
-    const made = await response.json().catch(() => ({}));
+    const made = await readJson(response);
     if (!response.ok) {
-      setText("preview-said", showWrong(form, made.fields || {}) ? "See the fields marked." : made.detail);
+      const told = showWrong(form, made.fields || {});
+      setText("preview-said", told ? "See the fields marked." : refusal(response, made));
     } else {
       await awaitPreview(made.id);
     }

@@ -252,6 +252,22 @@ def test_show_more(page: Any, site: Site) -> None:
     playwright_api.expect(page.locator("#batch-more button")).to_have_count(0)
 
 
+def test_a_slow_answer_does_not_take_back_what_a_later_one_showed(page: Any, site: Site) -> None:
+    held: list[Any] = []
+    page.route("**/projects/7?shown=60", lambda route: held.append(route))
+    page.goto(f"{site.url}/projects/7")
+    site.set_open_round(3, "scoring")  # the page is fetched again
+    wait_for_text(page, "#now-words", "scoring 0")
+    page.wait_for_timeout(500)
+    page.get_by_role("button", name="Show 10 more").click()
+    playwright_api.expect(page.locator(".task")).to_have_count(70)
+    assert len(held) == 1
+    with page.expect_response("**/projects/7?shown=60"):
+        held[0].continue_()
+    page.wait_for_timeout(500)
+    assert page.locator(".task").count() == 70
+
+
 def test_nothing_is_loaded_from_elsewhere(page: Any, site: Site) -> None:
     asked: list[str] = []
     page.on("request", lambda request: asked.append(request.url))

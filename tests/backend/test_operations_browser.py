@@ -37,6 +37,8 @@ CONFIG = (
 TOO_WIDE = """() => document.documentElement.scrollWidth <= innerWidth ? [] : [...document.querySelectorAll("body *")]
   .filter((one) => one.getBoundingClientRect().right > innerWidth)
   .map((one) => one.outerHTML.slice(0, 90))"""
+STAYS_MS = 4500  # two polls, and a refresh
+LAPTOP = pytest.mark.parametrize("page", [1280], indirect=True)
 ARGUMENTS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking"]
 
 
@@ -286,3 +288,56 @@ def test_a_setting_that_has_no_field_is_said_in_words(page: Any, site: tuple[str
     page.locator("#set-batch_size").fill("3")
     press_on(page, "#set-batch_size")
     page.wait_for_selector("#settings-said:has-text('batchsize: unknown setting')")
+
+
+# --- the live refresh, and what somebody does meanwhile ---------------------------------------------------------------
+
+
+def label(store: Store, task_id: int) -> None:
+    """A label, as a webhook brings it: the page is fetched again."""
+    with store.write() as connection:
+        row = {"project_id": 7, "annotation_id": task_id, "task_id": task_id, "cancelled": False}
+        connection.execute(insert(task_annotations).values(**row))
+
+
+@LAPTOP
+def test_a_refresh_that_fails_is_said_and_made_up_for(page: Any, site: tuple[str, Store]) -> None:
+    page.route("**/projects/7?shown=*", lambda route: route.fulfill(status=502, body="<h1>a proxy's</h1>"))
+    label(site[1], 6)
+    page.wait_for_selector(".banner.bad:has-text('HTTP 502')")
+    page.unroute("**/projects/7?shown=*")
+    page.wait_for_selector('#batch [data-task="6"].labelled')
+    playwright_api.expect(page.locator(".banner.bad:has-text('HTTP 502')")).to_have_count(0)
+
+
+@LAPTOP
+def test_the_overview_says_that_it_is_not_brought_up_to_date(page: Any, site: tuple[str, Store]) -> None:
+    page.goto(site[0])
+    page.route(f"{site[0]}/", lambda route: route.fulfill(status=503, json={"detail": "the store is away"}))
+    page.wait_for_selector(".banner.bad:has-text('the store is away')")
+    page.unroute(f"{site[0]}/")
+    playwright_api.expect(page.locator(".banner.bad")).to_have_count(0, timeout=8000)
+
+
+@LAPTOP
+def test_a_backend_that_hangs_is_said(page: Any, site: tuple[str, Store]) -> None:
+    page.add_init_script("const after = AbortSignal.timeout; AbortSignal.timeout = () => after.call(AbortSignal, 500)")
+    page.reload()
+    page.route("**/status", lambda _route: None)
+    page.wait_for_selector(".banner.bad:has-text('The backend does not answer')")
+
+
+@LAPTOP
+def test_a_password_in_the_address_does_not_stop_the_page(page: Any, site: tuple[str, Store]) -> None:
+    page.goto(f"{site[0]}/projects/7".replace("//", "//ann:secret@"))
+    label(site[1], 6)
+    page.wait_for_selector('#batch [data-task="6"].labelled')
+
+
+@LAPTOP
+def test_a_refusal_without_words_is_said_too(page: Any, site: tuple[str, Store]) -> None:
+    page.route("**/api/projects/7/settings", lambda route: route.fulfill(status=504, body="<h1>a proxy's</h1>"))
+    press_on(page, "#settings summary")
+    page.locator("#set-batch_size").fill("3")
+    press_on(page, "#settings-form [type=submit]")
+    page.wait_for_selector("#settings-said:has-text('HTTP 504')")
