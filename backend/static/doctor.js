@@ -9,12 +9,8 @@
   const tell = (sentence) => (section().querySelector("[data-said]").textContent = sentence);
 
   async function show() {
-    const response = await fetch(section().dataset.address, { headers: { Accept: "text/html" } });
-    if (!response.ok) throw new Error(`the backend answered HTTP ${response.status}`);
-    const fresh = new DOMParser().parseFromString(await response.text(), "text/html");
-    localTimes(fresh);
-    const next = fresh.getElementById("doctor");
-    if (!section().isEqualNode(next)) exchange(section(), next); // admin.js: keeps the keyboard's place
+    const next = (await fetchPage(section().dataset.address)).getElementById("doctor");
+    if (differs(section(), next)) exchange(section(), next); // admin.js: keeps the keyboard's place
   }
 
   // A status region outside of the section: one that is replaced is not read out.
@@ -31,7 +27,8 @@
       while (section().dataset.state === "running") {
         announce();
         await new Promise((done) => setTimeout(done, EVERY_MS));
-        if (!document.hidden) await show().catch((error) => tell(error.message)); // the backend may be starting again
+        if (document.hidden) continue;
+        await show().then(() => tell(""), (error) => tell(error.message)); // the backend may be starting again
       }
       announce();
     } finally {
@@ -40,14 +37,12 @@
   }
 
   async function start(path, body) {
-    const response = await fetch(section().dataset.api + path, {
+    const response = await ask(section().dataset.api + path, {
       method: "POST",
       headers: body ? { "Content-Type": "application/json" } : {},
       body: body && JSON.stringify(body),
     });
-    if (response.ok) return;
-    const problem = await response.json().catch(() => ({}));
-    throw new Error(problem.detail || `the backend answered HTTP ${response.status}`);
+    if (!response.ok) throw new Error(refusal(response, await readJson(response)));
   }
 
   document.addEventListener("click", async (event) => {
@@ -58,7 +53,8 @@
     try {
       if (button.dataset.doctor === "run") await start("");
       else await start("/fix", { name: button.dataset.name, of_project: Boolean(button.dataset.ofProject) });
-      await show();
+      section().dataset.state = "running"; // followed even if the next answer does not come
+      await show().catch((error) => tell(error.message));
       await follow();
       const again = section().querySelector('[data-doctor="run"]');
       if (document.activeElement === document.body) again.focus({ preventScroll: true }); // it was disabled meanwhile

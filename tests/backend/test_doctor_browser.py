@@ -154,6 +154,20 @@ def test_a_second_one_is_refused_with_a_sentence_beside_the_button(page: Any, ur
     expect(page.locator(".checks li")).to_have_count(2)
 
 
+def test_an_answer_that_did_not_come_is_not_complained_of_when_the_next_one_comes(
+    page: Any, url: str, world: World
+) -> None:
+    page.goto(f"{url}/projects/7")
+    page.route("**/doctor?project=7", lambda route: route.abort())
+    press_check(page)
+    expect(page.locator("#doctor [data-said]")).to_contain_text("Failed to fetch")
+    page.unroute("**/doctor?project=7")
+    expect(page.locator("#doctor-state")).to_have_text("Looking at: queue")
+    expect(page.locator("#doctor [data-said]")).to_be_empty()
+    world.go.set()
+    expect(page.locator("#doctor")).to_have_attribute("data-state", "done")
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("path", ["/", "/projects/7"])
 def test_axe_finds_nothing_serious_and_nothing_is_too_wide(
