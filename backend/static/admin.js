@@ -90,9 +90,14 @@ async function refresh() {
   window.drawCharts?.(); // curve.js: the overview has no charts
 }
 
-// Whether a section has changed. What a button was answered is no change: it stays as long as nothing else does, or as
-// long as the section waits for what the button asked for.
+// Whether a section has changed. What somebody opened is no change, nor is what a button was answered: a refusal stays
+// until the next button is pressed, other words as long as nothing else changes, or as long as the section waits for
+// what the button asked for.
 function differs(old, section) {
+  keepOpen(old, section);
+  const refused = old.querySelector("[data-said]")?.textContent;
+  const beside = section.querySelector("[data-said]");
+  if (refused && beside) beside.textContent = refused;
   const kept = [];
   for (const said of old.querySelectorAll("[role=status][id]")) {
     const place = section.querySelector(`[id="${said.id}"]`);
@@ -114,14 +119,12 @@ function equal(old, section) {
   return same;
 }
 
-// What was opened stays open, and the keyboard stays where it was.
+// The keyboard stays where it was, and tables stay scrolled.
 function exchange(old, section) {
   const again = samePlace(document.activeElement, old, section);
-  keepOpen(old, section);
-  const said = old.querySelector("[data-said]")?.textContent; // until the next button is pressed
-  const place = section.querySelector("[data-said]");
-  if (said && place) place.textContent = said;
+  const scrolled = [...old.querySelectorAll(".scroll")].map((one) => [one.scrollLeft, one.scrollTop]);
   old.replaceWith(document.adoptNode(section));
+  section.querySelectorAll(".scroll").forEach((one, index) => scrolled[index] && one.scrollTo(...scrolled[index]));
   again?.focus({ preventScroll: true });
 }
 
@@ -148,12 +151,19 @@ function replaceTasks(fresh) {
   const list = byId("batch");
   if (!list) return;
   const known = new Map([...list.children].map((one) => [one.dataset.task, one]));
+  let focused = list.contains(document.activeElement) ? document.activeElement : null;
   const tasks = [...fresh.querySelectorAll("#batch > li")].map((task) => {
     const old = known.get(task.dataset.task);
-    return old && old.isEqualNode(task) ? old : document.adoptNode(task);
+    if (!old) return document.adoptNode(task);
+    keepOpen(old, task);
+    if (old.isEqualNode(task)) return old;
+    if (old.contains(focused)) focused = samePlace(focused, old, task);
+    return document.adoptNode(task);
   });
   const same = tasks.length === list.children.length && tasks.every((task, index) => task === list.children[index]);
-  if (!same) list.replaceChildren(...tasks);
+  if (same) return;
+  list.replaceChildren(...tasks);
+  focused?.focus({ preventScroll: true }); // also one that stays where it is loses it
 }
 
 // --- the status of one project ---------------------------------------------------------------------------------------

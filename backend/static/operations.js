@@ -36,6 +36,7 @@ Object.assign(ACTS, {
     const opened = await post(`/previews/${encodeURIComponent(button.dataset.preview)}/publish`);
     delete byId("preview").dataset.touched;
     byId("previewed").replaceChildren();
+    await refresh().catch(() => {}); // the form is as it was: what is said after that stays
     setText("preview-said", `Round ${opened.number} publishes it.`);
   },
 });

@@ -213,6 +213,8 @@ def test_settings_say_what_is_wrong_and_are_saved(page: Any, site: tuple[str, St
     assert page.locator("#settings [data-options-of=hybrid]").is_hidden()
     press_on(page, "#settings-form [type=submit]")
     page.wait_for_selector("#settings-said:has-text('Saved')")
+    page.wait_for_timeout(STAYS_MS)
+    assert "Saved" in page.locator("#settings-said").inner_text()
     with site[1].read() as connection:
         stored = json.loads(connection.execute(select(projects.c.extra_params)).scalar_one())
     assert stored == {"batch_size": 3, "strategy": "k_center", "strategy_options": {}}
@@ -242,6 +244,8 @@ def test_a_batch_is_previewed_and_published(page: Any, site: tuple[str, Store]) 
     assert HOSTILE in page.locator("#previewed").inner_text()
     press_on(page, "[data-act=publish-preview]")
     page.wait_for_selector("#preview-said:has-text('Round 2 publishes it.')")
+    page.wait_for_timeout(STAYS_MS)
+    assert page.locator("#preview-said").inner_text() == "Round 2 publishes it."
     with site[1].read() as connection:
         assert connection.execute(select(rounds.c.kind).where(rounds.c.number == 2)).scalar_one() == "select"
 
@@ -301,6 +305,19 @@ def label(store: Store, task_id: int) -> None:
 
 
 @LAPTOP
+def test_what_is_opened_in_the_batch_stays_open_and_the_keyboard_in_it(page: Any, site: tuple[str, Store]) -> None:
+    press_on(page, '#batch [data-task="6"] .alike summary')
+    page.locator('#batch [data-task="6"] .alike a').focus()
+    label(site[1], 6)
+    page.wait_for_selector('#batch [data-task="6"].labelled')
+    assert page.locator('#batch [data-task="6"] .alike').get_attribute("open") is not None
+    assert page.evaluate("document.activeElement.textContent") == "9"
+    label(site[1], 7)  # another task's change moves nobody either
+    page.wait_for_selector('#batch [data-task="7"].labelled')
+    assert page.evaluate("document.activeElement.closest('.task').dataset.task") == "6"
+
+
+@LAPTOP
 def test_a_refresh_that_fails_is_said_and_made_up_for(page: Any, site: tuple[str, Store]) -> None:
     page.route("**/projects/7?shown=*", lambda route: route.fulfill(status=502, body="<h1>a proxy's</h1>"))
     label(site[1], 6)
@@ -341,3 +358,19 @@ def test_a_refusal_without_words_is_said_too(page: Any, site: tuple[str, Store])
     page.locator("#set-batch_size").fill("3")
     press_on(page, "#settings-form [type=submit]")
     page.wait_for_selector("#settings-said:has-text('HTTP 504')")
+
+
+def fail_round(store: Store) -> None:
+    with store.write() as connection:
+        row = {"project_id": 7, "number": 2, "state": "failed", "opened_at": 5.0, "closed_at": 6.0, "error": "too hot"}
+        round_id = connection.execute(insert(rounds).values(**row).returning(rounds.c.id)).scalar_one()
+        step = {"round_id": round_id, "kind": "train", "state": "failed", "attempt": 3, "error": "too hot"}
+        connection.execute(insert(steps).values(**step))
+
+
+@pytest.mark.parametrize("page", [390], indirect=True)
+def test_a_table_stays_scrolled(page: Any, site: tuple[str, Store]) -> None:
+    page.evaluate("document.querySelector('#rounds .scroll').scrollLeft = 120")
+    fail_round(site[1])
+    page.wait_for_selector("#rounds:has-text('too hot')")
+    assert page.evaluate("document.querySelector('#rounds .scroll').scrollLeft") == 120
