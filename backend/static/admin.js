@@ -119,13 +119,27 @@ function equal(old, section) {
   return same;
 }
 
-// The keyboard stays where it was, and tables stay scrolled.
+// The keyboard stays where it was, tables stay scrolled, and what was pressed still waits for its answer.
 function exchange(old, section) {
   const again = samePlace(document.activeElement, old, section);
   const scrolled = [...old.querySelectorAll(".scroll")].map((one) => [one.scrollLeft, one.scrollTop]);
+  keepPressed(old, section);
   old.replaceWith(document.adoptNode(section));
   section.querySelectorAll(".scroll").forEach((one, index) => scrolled[index] && one.scrollTo(...scrolled[index]));
   again?.focus({ preventScroll: true });
+}
+
+const heirs = new WeakMap(); // a button that waits for its answer -> what stands in its place since an exchange
+const heirOf = (button) => (heirs.has(button) ? heirOf(heirs.get(button)) : button);
+
+// Or it could be pressed once more.
+function keepPressed(old, section) {
+  for (const button of old.querySelectorAll("button[data-act]:disabled")) {
+    const heir = samePlace(button, old, section);
+    if (heir?.dataset.act !== button.dataset.act) continue;
+    heir.disabled = true;
+    heirs.set(button, heir);
+  }
 }
 
 const places = (within) => [...within.querySelectorAll("a[href], button, input, select, summary, [tabindex]")];
@@ -271,28 +285,32 @@ document.addEventListener("click", async (event) => {
     getSelection().selectAllChildren(byId(button.dataset.copy));
   }
   if (!button?.dataset.act) return;
-  const home = button.closest("[data-live][id]")?.id;
+  const card = button.closest(".card");
   button.disabled = true;
-  // told beside the button, where its card has a place for it
-  const said = button.closest(".card")?.querySelector("[data-said]") || byId("said");
-  said.textContent = "";
+  placeToSay(card).textContent = "";
   try {
     await ACTS[button.dataset.act](button);
     showStatus(await fetchJson(`/api/projects/${heading.dataset.project}/status`));
     await refresh();
   } catch (error) {
-    said.textContent = error.message;
+    placeToSay(card).textContent = error.message;
   }
-  button.disabled = false;
-  keepFocus(button, home);
+  const now = heirOf(button);
+  now.disabled = false;
+  keepFocus(now, present(card));
 });
 
+// A card as it is now: it may have been exchanged since its button was pressed.
+const present = (card) => (card.isConnected ? card : byId(card.id));
+
+// Beside the button, where its card has a place for it.
+const placeToSay = (card) => present(card)?.querySelector("[data-said]") || byId("said");
+
 // The keyboard's place: a button that was pressed was disabled meanwhile, and may have been replaced or be gone.
-function keepFocus(button, home) {
+function keepFocus(button, card) {
   if (document.activeElement && document.activeElement !== document.body) return;
-  const section = home && byId(home);
-  const again = button.isConnected ? button : section?.querySelector(`[data-act="${button.dataset.act}"]`);
-  (again && !again.hidden ? again : section?.querySelector("button:not([hidden])"))?.focus({ preventScroll: true });
+  const again = button.isConnected ? button : card?.querySelector(`[data-act="${button.dataset.act}"]`);
+  (again && !again.hidden ? again : card?.querySelector("button:not([hidden])"))?.focus({ preventScroll: true });
 }
 
 // ---------------------------------------------------------------------------------------------------------------------

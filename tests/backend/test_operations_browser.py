@@ -179,6 +179,7 @@ def test_pause_and_resume_by_keyboard(page: Any, site: tuple[str, Store]) -> Non
     page.wait_for_selector("[data-act=resume]:not([hidden])")
     assert page.locator("#now-words").inner_text().lower() == "paused"
     assert page.locator("[data-act=start]").is_hidden()
+    playwright_api.expect(page.locator("[data-act=resume]")).to_be_focused()  # what was pressed is hidden
     press_on(page, "[data-act=resume]", "Space")
     page.wait_for_selector("[data-act=start]:not([hidden])")
     with site[1].read() as connection:
@@ -349,6 +350,30 @@ def test_a_password_in_the_address_does_not_stop_the_page(page: Any, site: tuple
     page.goto(f"{site[0]}/projects/7".replace("//", "//ann:secret@"))
     label(site[1], 6)
     page.wait_for_selector('#batch [data-task="6"].labelled')
+
+
+@LAPTOP
+def test_a_section_that_is_exchanged_while_its_button_waits(
+    page: Any, site: tuple[str, Store], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(suspects_view, "KEPT_SECONDS", 0.0)
+    held: list[Any] = []
+    page.route("**/api/projects/7/suspects", lambda route: held.append(route))
+    press_on(page, "[data-act=suspects]")
+    write_suspects(tmp_path, images=4321)
+    label(site[1], 6)
+    page.wait_for_selector("#suspects:has-text('4\u2009321 labelled images')")
+    assert page.locator("[data-act=suspects]").is_disabled()
+    held[0].fulfill(status=503, json={"detail": "Redis is away"})
+    page.wait_for_selector("#suspects [data-said]:has-text('Redis is away')")
+    assert page.locator("[data-act=suspects]").is_enabled()
+    assert page.evaluate("document.activeElement.dataset.act") == "suspects"
+
+
+def write_suspects(folder: Path, images: int) -> None:
+    artifacts = Artifacts(Settings(_env_file=None, data_dir=folder).artifacts_root, folder / "cache")
+    found = {"made_at": 2.0, "images": images, "counts": {"missing": 0, "class": 0, "extra": 0}, "suspects": []}
+    artifacts.put(round_key(7, 1, "suspects.json"), json.dumps(found).encode())
 
 
 @LAPTOP
