@@ -493,8 +493,8 @@ def project_page(
     away = around.away(own)
     project = project.model_copy(update={"status": told_once(project.status, away)})
     return render(
-        request, own, "project.html", project=project, batch=batch, measuring=measuring, page=views.PAGE,
-        work=work, settings=settings, suspects=suspects, away=away,
+        request, own, "project.html", project=project, batch=batch, measuring=measuring,
+        page=views.PAGE, most=views.MAX_PAGE, work=work, settings=settings, suspects=suspects, away=away,
         doctor=doctor_view.examiner_of(own).view(project_id), doctor_of=project_id,
     )  # fmt: skip
 

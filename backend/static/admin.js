@@ -271,8 +271,12 @@ const ACTS = {
   accept: () => post("/stop", { accepted: true }),
   withdraw: () => post("/stop", { accepted: false }),
   more: () => {
-    shown += Number(heading.dataset.page);
-    return refresh();
+    const before = shown;
+    shown = Math.min(shown + Number(heading.dataset.page), Number(heading.dataset.most)); // more are refused
+    return refresh().catch((error) => {
+      shown = before;
+      throw error;
+    });
   },
 };
 

@@ -319,6 +319,25 @@ def test_what_is_opened_in_the_batch_stays_open_and_the_keyboard_in_it(page: Any
 
 
 @LAPTOP
+def test_a_batch_of_more_than_can_be_shown(page: Any, site: tuple[str, Store]) -> None:
+    with site[1].write() as connection:
+        ids = range(101, 101 + 650)
+        every = {"project_id": 7, "deleted": False, "holdout": False}
+        connection.execute(insert(tasks), [{**every, "task_id": i, "image": f"/data/upload/7/{i}.jpg"} for i in ids])
+        round_id = connection.execute(select(rounds.c.id)).scalar_one()
+        row = {"round_id": round_id, "shard": 0, "regions": "[]"}
+        connection.execute(insert(scores), [{**row, "task_id": i, "rank": i} for i in ids])
+    page.reload()
+    page.evaluate("shown = 540")  # as if it had been pressed that often
+    page.get_by_role("button", name="Show 60 more").click()
+    playwright_api.expect(page.locator("#batch > li")).to_have_count(600)
+    playwright_api.expect(page.locator("#batch-more")).to_have_text("600 of 654")
+    assert page.locator("[data-act=more]").count() == 0
+    label(site[1], 6)
+    page.wait_for_selector('#batch [data-task="6"].labelled')
+
+
+@LAPTOP
 def test_a_refresh_that_fails_is_said_and_made_up_for(page: Any, site: tuple[str, Store]) -> None:
     page.route("**/projects/7?shown=*", lambda route: route.fulfill(status=502, body="<h1>a proxy's</h1>"))
     label(site[1], 6)
