@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
-from sqlalchemy import Connection, Row, func, select
+from sqlalchemy import Connection, Row, select
 
 from worker.crew import LOST_AFTER, Crew, FailedJob, WorkerSeen
 from worker.store import get_project, latest_round, rounds, steps
@@ -180,10 +180,3 @@ def _failed_step(row: Row[Any]) -> FailedStep:
         error=row.error or "it left no reason",
         retry=retry,
     )
-
-
-def count_failed_steps(connection: Connection, project_id: int) -> int:
-    """For the page's stamp."""
-    theirs = select(rounds.c.id).where(rounds.c.project_id == project_id)
-    query = select(func.count()).select_from(steps).where(steps.c.state == "failed", steps.c.round_id.in_(theirs))
-    return int(connection.execute(query).scalar_one())

@@ -398,6 +398,7 @@ def status_of(connection: Connection, project: Row[Any], progress: Mapping[str, 
         project.remeasured_at,
         counts.labels,
         counts.holdout_labels,
+        connection.execute(select(func.max(events.c.id)).where(events.c.project_id == project.id)).scalar_one(),
     ]
     return ProjectStatus(
         now=now,

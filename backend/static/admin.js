@@ -193,7 +193,7 @@ function showStatus(status) {
   setText("now-words", now.words);
   setText("now-detail", now.detail);
   document.title = `${now.kind === "idle" ? "" : `${now.words} · `}${byId("title").textContent} · hardfirst`;
-  setText("announce", now.words.replace(/ \d+(\/\d+)?$/, "")); // phases are announced, numbers are not
+  setText("announce", now.words.replace(/ \d+(\/\d+)?(, .*)?$/, "")); // phases are announced, numbers are not
   byId("working").hidden = now.kind !== "working";
   if (now.fraction === null) byId("bar").removeAttribute("value");
   else byId("bar").value = now.fraction;
@@ -250,7 +250,7 @@ async function showSelection() {
   const list = byId("selection-notes");
   if (!list || !byId("batch").children.length) return;
   const selection = await fetchJson(`/api/projects/${heading.dataset.project}/selection`).catch(() => null);
-  if (!selection) return; // the batch itself is on the page; its manifest may be gone
+  if (!selection) return list.replaceChildren(); // its manifest may be gone; what is there was another batch's
   const options = Object.entries(selection.options).map(([name, value]) => `${name} ${value}`).join(", ");
   const sentences = [`Strategy: ${selection.strategy}${options ? ` (${options})` : ""}.`, ...selection.notes];
   list.replaceChildren(...sentences.map((text) => Object.assign(document.createElement("li"), { textContent: text })));

@@ -24,7 +24,7 @@ from worker.artifacts import Artifacts, round_key
 from worker.preview import make_preview
 from worker.services import Services
 from worker.settings import Settings
-from worker.store import Store, events, projects, rounds, scores, steps, task_annotations, tasks
+from worker.store import Store, events, projects, record_event, rounds, scores, steps, task_annotations, tasks
 
 playwright_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed (dev extra)")
 pytestmark = pytest.mark.slow  # a browser takes its time
@@ -393,6 +393,28 @@ def write_suspects(folder: Path, images: int) -> None:
     artifacts = Artifacts(Settings(_env_file=None, data_dir=folder).artifacts_root, folder / "cache")
     found = {"made_at": 2.0, "images": images, "counts": {"missing": 0, "class": 0, "extra": 0}, "suspects": []}
     artifacts.put(round_key(7, 1, "suspects.json"), json.dumps(found).encode())
+
+
+@LAPTOP
+def test_the_heading_and_the_log_are_live(page: Any, site: tuple[str, Store]) -> None:
+    with site[1].write() as connection:
+        connection.execute(update(projects).values(published_version="al-000077", title="Renamed"))
+        record_event(connection, 7, "somebody", detail="did something")
+    page.wait_for_selector("#events:has-text('did something')")
+    assert "al-000077" in page.locator(".heading").inner_text()
+    assert page.locator("h1").inner_text() == "Renamed"
+
+
+@LAPTOP
+def test_phases_are_announced_and_numbers_are_not(page: Any, site: tuple[str, Store]) -> None:
+    def scoring(route: Any) -> None:
+        status = route.fetch().json()
+        status["now"]["words"] = "scoring 20000/80000, 1.5 images/s"
+        route.fulfill(json=status)
+
+    page.route("**/status", scoring)
+    page.wait_for_selector("#now-words:has-text('20000')")
+    assert page.locator("#announce").text_content() == "scoring"
 
 
 @LAPTOP
