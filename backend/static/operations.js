@@ -28,8 +28,7 @@ const sleep = (ms) => new Promise((done) => setTimeout(done, ms));
 Object.assign(ACTS, {
   suspects: async () => {
     const said = await post("/suspects");
-    setText("suspects-said", said.detail);
-    for (const seconds of [5, 20, 60]) setTimeout(showSuspects, 1000 * seconds); // an export takes as long as it takes
+    setText("suspects-said", said.detail); // as long as it stands there, what was found is asked for
   },
   "publish-preview": async (button) => {
     if (!confirm("Publish this batch? Annotators see it instead of today's.")) return;
@@ -43,28 +42,30 @@ Object.assign(ACTS, {
 
 // --- a part of the page that is fetched by itself --------------------------------------------------------------------
 
-async function fragment(path) {
-  const response = await fetch(root + path, { headers: { Accept: "text/html" } });
-  if (!response.ok) {
-    const body = await response.json().catch(() => ({}));
-    throw new Error(body.detail || `the backend answered HTTP ${response.status}`);
-  }
-  const fresh = new DOMParser().parseFromString(await response.text(), "text/html");
-  localTimes(fresh);
-  return fresh;
-}
+const fragment = (path) => fetchPage(`${root}/projects/${heading.dataset.project}${path}`);
 
-function replaceSection(id, fresh) {
+async function showSection(id) {
+  const fresh = await fragment(`/${id}`).catch(() => null); // the page's own poll says that nobody answers
   const old = byId(id);
-  const section = fresh.getElementById(id);
-  if (old && section && differs(old, section)) exchange(old, section);
+  const section = fresh?.getElementById(id);
+  if (section && !isMarkedIn(old) && differs(old, section)) exchange(old, section);
 }
 
-async function pollWork() {
+// A text that somebody has marked, to copy it: it would not be marked any more.
+function isMarkedIn(element) {
+  const marked = getSelection();
+  return !marked.isCollapsed && element.contains(marked.anchorNode);
+}
+
+// A worker may look for suspects since the page was opened, since a round was published, or since a button was pressed.
+const awaitsSuspects = () => document.querySelector("#suspects [data-waiting]") || byId("suspects-said")?.textContent;
+
+async function pollSections() {
   if (!document.hidden) {
-    await fragment(`/projects/${heading.dataset.project}/work`).then((fresh) => replaceSection("work", fresh), () => {});
+    await showSection("work");
+    if (awaitsSuspects()) await showSection("suspects");
   }
-  setTimeout(pollWork, WORK_MS);
+  setTimeout(pollSections, WORK_MS);
 }
 
 // --- forms: what the fields say --------------------------------------------------------------------------------------
@@ -184,13 +185,6 @@ document.addEventListener("input", (event) => {
   if (event.target.dataset.field === "strategy") showOptionsOf(form, event.target.value);
 });
 
-// --- suspect labels, which a worker looks for ------------------------------------------------------------------------
-
-async function showSuspects() {
-  await fragment(`/projects/${heading.dataset.project}/suspects`).then((fresh) => replaceSection("suspects", fresh), () => {});
-  if (document.querySelector("#suspects [data-waiting]")) setTimeout(showSuspects, WORK_MS);
-}
-
 // --- a batch under other settings ------------------------------------------------------------------------------------
 
 async function showPreview(form) {
@@ -222,7 +216,7 @@ async function awaitPreview(id) {
   const began = Date.now();
   for (;;) {
     if (Date.now() - began > PATIENCE_MS) setText("preview-said", "Still at it, or waiting for a worker: see Workers and queues.");
-    const fresh = await fragment(`/projects/${heading.dataset.project}/previews/${id}`);
+    const fresh = await fragment(`/previews/${id}`);
     const found = fresh.getElementById("previewed");
     if (found.dataset.state !== "waiting") {
       byId("previewed").replaceWith(document.adoptNode(found));
@@ -235,5 +229,4 @@ async function awaitPreview(id) {
 
 // ---------------------------------------------------------------------------------------------------------------------
 
-if (document.querySelector("#suspects [data-waiting]")) setTimeout(showSuspects, WORK_MS);
-setTimeout(pollWork, WORK_MS);
+setTimeout(pollSections, WORK_MS);

@@ -396,6 +396,19 @@ def write_suspects(folder: Path, images: int) -> None:
 
 
 @LAPTOP
+def test_suspects_that_are_first_looked_for_while_the_page_is_open(
+    page: Any, site: tuple[str, Store], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(suspects_view, "KEPT_SECONDS", 0.0)
+    artifacts = Settings(_env_file=None, data_dir=tmp_path).artifacts_root
+    Path(artifacts.removeprefix("file://"), round_key(7, 1, "suspects.json")).unlink()
+    label(site[1], 6)
+    page.wait_for_selector("#suspects [data-waiting]")
+    write_suspects(tmp_path, images=77)
+    page.wait_for_selector("#suspects:has-text('77 labelled images')", timeout=15_000)
+
+
+@LAPTOP
 def test_the_heading_and_the_log_are_live(page: Any, site: tuple[str, Store]) -> None:
     with site[1].write() as connection:
         connection.execute(update(projects).values(published_version="al-000077", title="Renamed"))
@@ -432,6 +445,26 @@ def fail_round(store: Store) -> None:
         round_id = connection.execute(insert(rounds).values(**row).returning(rounds.c.id)).scalar_one()
         step = {"round_id": round_id, "kind": "train", "state": "failed", "attempt": 3, "error": "too hot"}
         connection.execute(insert(steps).values(**step))
+
+
+@LAPTOP
+def test_what_was_tried_again_is_not_offered_any_more(page: Any, site: tuple[str, Store]) -> None:
+    page.route("**/projects/7/work", lambda route: route.abort())  # the page's own refresh has it, too
+    fail_round(site[1])
+    press_on(page, "#work [data-act=retry-round]")
+    page.wait_for_selector("[data-act=cancel]:not([hidden])")
+    playwright_api.expect(page.locator("#work [data-act=retry-round]")).to_have_count(0)
+
+
+@LAPTOP
+def test_a_text_that_is_marked_is_not_exchanged(page: Any, site: tuple[str, Store]) -> None:
+    page.evaluate("getSelection().selectAllChildren(document.getElementById('work-title'))")
+    page.route("**/status", lambda route: route.abort())  # only the part's own poll
+    fail_round(site[1])
+    page.wait_for_timeout(6500)
+    assert page.evaluate("getSelection().toString()") == "Workers and queues"
+    page.evaluate("getSelection().removeAllRanges()")
+    page.wait_for_selector("#work .failures")
 
 
 @pytest.mark.parametrize("page", [390], indirect=True)
