@@ -143,8 +143,9 @@ async function saveSettings(form) {
     const response = await send("PATCH", ofProject("/settings"), { values });
     const body = await readJson(response);
     if (response.ok) {
-      delete byId("settings").dataset.touched;
-      await refresh();
+      const isTypedOn = JSON.stringify(changedSettings(form)) !== JSON.stringify(values);
+      if (!isTypedOn) delete byId("settings").dataset.touched;
+      await refresh().catch(() => {}); // they are saved, even if the page cannot show it yet
       setText("settings-said", "Saved. They count from the next round on.");
     } else {
       const told = showWrong(form, body.fields || {});
@@ -173,7 +174,10 @@ document.addEventListener("reset", (event) => {
   delete event.target.dataset.optionsTouched;
   showWrong(event.target, {});
   setText("settings-said", "");
-  setTimeout(() => showOptionsOf(event.target, event.target.querySelector('[data-field="strategy"]').value));
+  setTimeout(() => {
+    showOptionsOf(event.target, event.target.querySelector('[data-field="strategy"]').value);
+    refresh().catch(() => {}); // they may have been changed elsewhere since the form was touched
+  });
 });
 
 document.addEventListener("input", (event) => {

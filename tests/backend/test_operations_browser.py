@@ -431,6 +431,35 @@ def test_phases_are_announced_and_numbers_are_not(page: Any, site: tuple[str, St
 
 
 @LAPTOP
+def test_what_is_typed_while_settings_are_saved_stays(page: Any, site: tuple[str, Store]) -> None:
+    held: list[Any] = []
+    page.route("**/api/projects/7/settings", lambda route: held.append(route))
+    press_on(page, "#settings summary")
+    page.locator("#set-batch_size").fill("3")
+    press_on(page, "#settings-form [type=submit]")
+    page.locator("#set-max_rounds").fill("5")
+    held[0].continue_()
+    page.wait_for_selector("#settings-said:has-text('Saved')")
+    page.wait_for_timeout(STAYS_MS)
+    assert page.locator("#set-max_rounds").input_value() == "5"
+    with site[1].read() as connection:
+        assert connection.execute(select(projects.c.extra_params)).scalar_one() == '{"batch_size":3}'
+
+
+@LAPTOP
+def test_undo_shows_what_others_have_set_meanwhile(page: Any, site: tuple[str, Store]) -> None:
+    press_on(page, "#settings summary")
+    page.locator("#set-batch_size").fill("3")
+    with site[1].write() as connection:
+        connection.execute(update(projects).values(extra_params='{"batch_size": 9}'))
+    label(site[1], 6)
+    page.wait_for_selector('#batch [data-task="6"].labelled')
+    assert page.locator("#set-batch_size").input_value() == "3"
+    press_on(page, "#settings-form [type=reset]")
+    playwright_api.expect(page.locator("#set-batch_size")).to_have_value("9")
+
+
+@LAPTOP
 def test_a_refusal_without_words_is_said_too(page: Any, site: tuple[str, Store]) -> None:
     page.route("**/api/projects/7/settings", lambda route: route.fulfill(status=504, body="<h1>a proxy's</h1>"))
     press_on(page, "#settings summary")
