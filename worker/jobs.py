@@ -220,3 +220,5 @@ def _reconcile_project(own: Services, project: Row[Any]) -> None:
     if score_late(own, project.id):  # the others of this minute's projects wait for it
         enqueue_late(own.redis, project.id)
     heal(own, project.id)  # after it: a version can be served from its first prediction on
+    with own.store.read() as connection:
+        rounds.label_map_of(get_project(connection, project.id))  # what /setup refuses is said as long as it is so

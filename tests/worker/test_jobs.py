@@ -11,7 +11,8 @@ import redis
 from sqlalchemy import select, update
 
 from worker import jobs, queue, rounds, steps
-from worker.errors import DatasetUnusable, JobFenced, LabelStudioRefused, LabelStudioUnavailable
+from worker.boxes import LabelMap
+from worker.errors import DatasetUnusable, JobFenced, LabelConfigUnsupported, LabelStudioRefused, LabelStudioUnavailable
 from worker.services import Services
 from worker.settings import ProjectSettings, Settings
 from worker.store import projects
@@ -219,6 +220,26 @@ def test_reconcile_closes_what_died_and_one_projects_trouble_is_its_own(
         problems = dict(connection.execute(select(projects.c.id, projects.c.problem)).all())
     assert states == {7: "failed", 8: "done", 9: "done"}
     assert problems[7] == "6 workers died at it"
+
+
+def test_a_label_config_that_setup_refuses_is_told_until_it_is_mended(
+    own: Services, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("sync_project", "remeasure_if_changed", "score_late", "heal"):
+        monkeypatch.setattr(jobs, name, lambda *args, **kwargs: None)
+    with pytest.raises(LabelConfigUnsupported) as refused:
+        LabelMap.from_config("<View/>")
+    with own.store.write() as connection:
+        connection.execute(update(round_rows).values(state="done"))
+        rounds.note_refusal(connection, 7, "http://backend:9090", str(refused.value))
+        # Label Studio has it all the same: it asks /setup when somebody looks at the Model page
+        connection.execute(update(projects).values(label_config="<View/>", published_round_id=1))
+    jobs.reconcile()
+    assert problem(own) == str(refused.value)
+    with own.store.write() as connection:
+        connection.execute(update(projects).values(label_config=CONFIG))
+    jobs.reconcile()
+    assert problem(own) is None
 
 
 def test_every_step_kind_has_a_job_that_may_be_run() -> None:
