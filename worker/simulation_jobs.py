@@ -17,6 +17,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, Protocol
@@ -25,6 +26,7 @@ from worker.errors import Conflict, HardfirstError, TrainingFailed
 from worker.processes import die_with_parent
 from worker.simulate import Bench, Plan, Step
 
+STOPPING = (signal.SIGINT, signal.SIGTERM)
 CHOOSING_COST = 0.4  # of a pool image scored, against a labelled image trained on for one epoch
 
 
@@ -152,8 +154,11 @@ class _Hand:
 
 
 def _run(schedule: Schedule, jobs: int, watcher: Watcher, on_step: Callable[[Bench], None]) -> None:
-    hands = [_start(schedule.bench.plan) for _ in range(jobs)]
+    hands: list[_Hand] = []
     try:
+        for _ in range(jobs):
+            with _uninterrupted():
+                hands.append(_start(schedule.bench.plan))
         while True:
             for hand in hands:
                 if hand.step is None and (step := schedule.next_step()) is not None:
@@ -206,6 +211,26 @@ def _start(plan: Plan) -> _Hand:
     return _Hand(process, ours)
 
 
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Starts a child whole: what would stop us in the middle of it stops us afterwards.
+
+    The child inherits that Ctrl-C, which reaches the whole group, is nothing to it: its parent stops it.
+    """
+    came: list[int] = []
+    handlers = {number: signal.signal(number, lambda told, _: came.append(told)) for number in STOPPING}
+    resource_tracker.ensure_running()  # started later, it would let the signal in again
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        if came:
+            signal.raise_signal(came[0])
+
+
 def _stop(hands: Sequence[_Hand]) -> None:
     for hand in hands:
         with contextlib.suppress(OSError):  # gone already
@@ -218,7 +243,6 @@ def _stop(hands: Sequence[_Hand]) -> None:
 
 
 def _work(connection: Connection, plan: Plan, parent: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent stops us
     die_with_parent(signal.SIGKILL, parent)
     try:
         bench = Bench(plan)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import signal
@@ -10,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 from rich.console import Console
 
@@ -65,7 +67,8 @@ def test_the_time_left_is_estimated_from_what_was_done_now(monkeypatch: pytest.M
 
 
 @pytest.mark.slow
-def test_interrupted_it_stops_at_once_and_says_how_to_go_on(dataset: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("is_loaded", [False, True], ids=["at once", "while its process is loaded"])
+def test_interrupted_it_stops_at_once_and_says_how_to_go_on(dataset: Path, tmp_path: Path, is_loaded: bool) -> None:
     command = [
         *(sys.executable, "-m", "backend.cli", "simulate", "--data", str(dataset), "--out", str(tmp_path)),
         *("--strategies", "random", "--rounds", "1", "--batch-size", "4", "--seed-size", "6", "--jobs", "2"),
@@ -83,13 +86,25 @@ def test_interrupted_it_stops_at_once_and_says_how_to_go_on(dataset: Path, tmp_p
     assert process.stdout is not None
     while not (line := process.stdout.readline()).startswith("2 rounds of arms and seeds"):
         assert line, "it ended before it began"
+    while is_loaded and not _children(process.pid):
+        time.sleep(0.01)
+    time.sleep(0.2 * is_loaded)  # an interpreter runs in it
     os.killpg(process.pid, signal.SIGINT)  # as Ctrl-C at a terminal: the children get it too
-    said, _ = process.communicate(timeout=60)
+    said, _ = process.communicate(timeout=120)
     assert process.returncode == 130, said
     assert "the same command goes on from there" in " ".join(said.split())
     assert "Traceback" not in said
     assert _is_gone(process.pid), "a process was left running"
     assert not (tmp_path / "work").exists()
+
+
+def _children(pid: int) -> list[str]:
+    """Command lines of the processes that do the steps."""
+    found = []
+    for child in psutil.Process(pid).children():
+        with contextlib.suppress(psutil.Error):  # it has just ended
+            found.append(" ".join(child.cmdline()))
+    return [line for line in found if "spawn_main" in line]
 
 
 def _is_gone(group: int, seconds: float = 20.0) -> bool:
