@@ -228,11 +228,22 @@ function showStages(stages) {
   if (before !== items.map((item) => item.className + item.textContent).join()) list.replaceChildren(...items);
 }
 
+let questions = 0; // about the status
+let latest = 0; // of those that were answered
+
+async function askStatus() {
+  const turn = ++questions;
+  const status = await fetchJson(`/api/projects/${heading.dataset.project}/status`);
+  if (turn < latest) return status; // what was asked later was answered sooner, and is shown
+  latest = turn;
+  showStatus(status);
+  return status;
+}
+
 async function poll() {
   try {
     if (heading) {
-      const status = await fetchJson(`/api/projects/${heading.dataset.project}/status`);
-      showStatus(status);
+      const status = await askStatus();
       if (status.stamp !== heading.dataset.stamp) {
         await refresh();
         heading.dataset.stamp = status.stamp;
@@ -294,7 +305,7 @@ document.addEventListener("click", async (event) => {
   placeToSay(card).textContent = "";
   try {
     await ACTS[button.dataset.act](button);
-    showStatus(await fetchJson(`/api/projects/${heading.dataset.project}/status`));
+    await askStatus();
     await refresh();
   } catch (error) {
     placeToSay(card).textContent = error.message;

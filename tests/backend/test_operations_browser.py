@@ -27,6 +27,7 @@ from worker.settings import Settings
 from worker.store import Store, events, projects, record_event, rounds, scores, steps, task_annotations, tasks
 
 playwright_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed (dev extra)")
+playwright_api.expect.set_options(timeout=60_000)  # the machine may be busy, and a page asks every few seconds
 pytestmark = pytest.mark.slow  # a browser takes its time
 
 HOSTILE = """<img src=x onerror="window.hacked=1">'\u202enut"""
@@ -148,7 +149,7 @@ def make_previews(settings: Settings, over: threading.Event) -> None:
 @pytest.fixture(scope="module")
 def browser(chromium: str) -> Iterator[Any]:
     with playwright_api.sync_playwright() as playwright:
-        started = playwright.chromium.launch(executable_path=chromium, args=ARGUMENTS)
+        started = playwright.chromium.launch(executable_path=chromium, args=ARGUMENTS, timeout=120_000)
         yield started
         started.close()
 
@@ -156,6 +157,7 @@ def browser(chromium: str) -> Iterator[Any]:
 @pytest.fixture(params=[1280, 390])
 def page(request: pytest.FixtureRequest, browser: Any, site: tuple[str, Store]) -> Iterator[Any]:
     opened = browser.new_page(viewport={"width": request.param, "height": 900})
+    opened.set_default_timeout(60_000)
     complaints: list[str] = []
     opened.on("pageerror", lambda error: complaints.append(str(error)))
     opened.on("console", lambda told: complaints.append(told.text) if "Content Security" in told.text else None)
@@ -165,6 +167,7 @@ def page(request: pytest.FixtureRequest, browser: Any, site: tuple[str, Store]) 
     assert opened.evaluate("window.hacked") is None
     assert opened.evaluate(TOO_WIDE) == [], "the page scrolls sideways"
     assert complaints == []
+    opened.unroute_all(behavior="ignoreErrors")  # one may be in the middle of an answer
     opened.close()
 
 
@@ -193,7 +196,7 @@ def test_a_failed_step_appears_and_is_tried_again(page: Any, site: tuple[str, St
         round_id = connection.execute(insert(rounds).values(**row).returning(rounds.c.id)).scalar_one()
         step = {"round_id": round_id, "kind": "train", "state": "failed", "attempt": 3, "error": HOSTILE}
         connection.execute(insert(steps).values(**step))
-    page.wait_for_selector("#work .failures [data-act=retry-round]", timeout=15_000)
+    page.wait_for_selector("#work .failures [data-act=retry-round]", timeout=60_000)
     assert HOSTILE in page.locator("#work .failures").inner_text()
     press_on(page, "#work .failures [data-act=retry-round]")
     page.wait_for_selector("[data-act=cancel]:not([hidden])")
@@ -228,7 +231,7 @@ def test_a_form_that_is_being_filled_in_is_left_alone_by_the_refresh(page: Any, 
     page.locator("#set-epochs").fill("12")
     with site[1].write() as connection:
         connection.execute(update(projects).values(stop_accepted_at=1.0))
-    page.wait_for_selector("#now-words:has-text('stopped')", timeout=15_000)
+    page.wait_for_selector("#now-words:has-text('stopped')", timeout=60_000)
     page.wait_for_timeout(1000)
     assert page.locator("#set-epochs").input_value() == "12"
 
@@ -238,7 +241,7 @@ def test_a_batch_is_previewed_and_published(page: Any, site: tuple[str, Store]) 
     page.locator("#try-strategy").select_option("least_confidence")
     page.locator("#try-batch_size").fill("3")
     press_on(page, "#try-batch_size")
-    page.wait_for_selector("#previewed h3", timeout=15_000)
+    page.wait_for_selector("#previewed h3", timeout=60_000)
     assert "3 tasks by least_confidence: 0 of 4 still unlabelled" in page.locator("#previewed h3").inner_text()
     shown = page.locator("#previewed .task").evaluate_all("found => found.map((one) => one.dataset.task)")
     assert shown == ["20", "19", "18"]
@@ -271,14 +274,14 @@ def test_looking_again_shows_what_was_found_where_the_keyboard_stays(
     artifacts = Artifacts(Settings(_env_file=None, data_dir=tmp_path).artifacts_root, tmp_path / "cache")
     found = {"made_at": 2.0, "images": 4321, "counts": {"missing": 0, "class": 0, "extra": 0}, "suspects": []}
     artifacts.put(round_key(7, 1, "suspects.json"), json.dumps(found).encode())
-    page.wait_for_selector("#suspects:has-text('4\u2009321 labelled images')", timeout=15_000)
+    page.wait_for_selector("#suspects:has-text('4\u2009321 labelled images')", timeout=60_000)
     assert page.evaluate("document.activeElement.dataset.act") == "suspects"
 
 
 def test_what_went_wrong_is_said_beside_the_button(page: Any, site: tuple[str, Store], redis_url: str) -> None:
     press_on(page, "#preview summary")
     press_on(page, "#try-batch_size")
-    page.wait_for_selector("#previewed h3", timeout=15_000)
+    page.wait_for_selector("#previewed h3", timeout=60_000)
     with redis.Redis.from_url(redis_url) as connection:
         connection.delete(*connection.keys("hf:preview:7:*"))
     press_on(page, "[data-act=publish-preview]")
@@ -353,7 +356,7 @@ def test_the_overview_says_that_it_is_not_brought_up_to_date(page: Any, site: tu
     page.route(f"{site[0]}/", lambda route: route.fulfill(status=503, json={"detail": "the store is away"}))
     page.wait_for_selector(".banner.bad:has-text('the store is away')")
     page.unroute(f"{site[0]}/")
-    playwright_api.expect(page.locator(".banner.bad")).to_have_count(0, timeout=8000)
+    playwright_api.expect(page.locator(".banner.bad")).to_have_count(0)
 
 
 @LAPTOP
@@ -405,7 +408,7 @@ def test_suspects_that_are_first_looked_for_while_the_page_is_open(
     label(site[1], 6)
     page.wait_for_selector("#suspects [data-waiting]")
     write_suspects(tmp_path, images=77)
-    page.wait_for_selector("#suspects:has-text('77 labelled images')", timeout=15_000)
+    page.wait_for_selector("#suspects:has-text('77 labelled images')", timeout=60_000)
 
 
 @LAPTOP
@@ -438,6 +441,8 @@ def test_what_is_typed_while_settings_are_saved_stays(page: Any, site: tuple[str
     page.locator("#set-batch_size").fill("3")
     press_on(page, "#settings-form [type=submit]")
     page.locator("#set-max_rounds").fill("5")
+    while not held:
+        page.wait_for_timeout(20)
     held[0].continue_()
     page.wait_for_selector("#settings-said:has-text('Saved')")
     page.wait_for_timeout(STAYS_MS)
