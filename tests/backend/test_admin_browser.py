@@ -25,6 +25,7 @@ from worker.settings import Settings
 from worker.store import Store, projects, rounds, scores, task_annotations, tasks
 
 playwright_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed (dev extra)")
+playwright_api.expect.set_options(timeout=60_000)  # the machine may be busy, and a page asks every few seconds
 
 HOSTILE = """<script>window.hacked=1</script><b>"it's"</b><img src=x onerror="window.hacked=2">"""
 LABELS = ("bolt", "nut", "<b>gear</b>")
@@ -130,7 +131,7 @@ def fill(store: Store) -> int:
 @pytest.fixture(scope="module")
 def browser(chromium: str) -> Iterator[Any]:
     with playwright_api.sync_playwright() as playwright:
-        started = playwright.chromium.launch(executable_path=chromium, args=ARGUMENTS)
+        started = playwright.chromium.launch(executable_path=chromium, args=ARGUMENTS, timeout=120_000)
         yield started
         started.close()
 
@@ -140,7 +141,7 @@ def page(browser: Any, site: Site) -> Iterator[Any]:
     """A laptop's window. What the browser complains about (the content policy, errors in scripts) fails the test."""
     context = browser.new_context(viewport={"width": 1280, "height": 900})
     opened = context.new_page()
-    opened.set_default_timeout(15_000)
+    opened.set_default_timeout(60_000)
     opened.on("console", lambda said: site.complaints.append(said.text) if said.type == "error" else None)
     opened.on("pageerror", lambda error: site.complaints.append(str(error)))
     opened.on("dialog", lambda dialog: dialog.accept())
@@ -150,7 +151,7 @@ def page(browser: Any, site: Site) -> Iterator[Any]:
 
 
 def wait_for_text(page: Any, selector: str, text: str) -> None:
-    playwright_api.expect(page.locator(selector)).to_have_text(text, timeout=15_000)
+    playwright_api.expect(page.locator(selector)).to_have_text(text)
 
 
 def test_it_follows_a_round_without_reloading(page: Any, site: Site) -> None:
@@ -231,6 +232,7 @@ def test_hostile_names_are_seen_as_they_are(page: Any, site: Site) -> None:
 
 def test_boxes_lie_on_the_picture(page: Any, site: Site) -> None:
     page.goto(f"{site.url}/projects/7")
+    page.wait_for_selector("#selection-notes li")  # it comes later, and moves what is below
     picture = page.locator('[data-task="1"] img')
     picture.scroll_into_view_if_needed()
     page.wait_for_function("document.querySelector('[data-task=\"1\"] img').naturalWidth === 320")
@@ -289,5 +291,6 @@ def test_a_phone_scrolls_in_one_direction(page: Any, site: Site, path: str) -> N
 def test_it_says_that_the_backend_is_gone(page: Any, site: Site) -> None:
     page.goto(f"{site.url}/projects/7")
     site.server.should_exit = True
-    playwright_api.expect(page.locator(".banner.bad")).to_contain_text("The backend does not answer", timeout=15_000)
-    site.complaints[:] = [said for said in site.complaints if "ERR_CONNECTION_REFUSED" not in said]
+    playwright_api.expect(page.locator(".banner.bad")).to_contain_text("The backend does not answer")
+    # refused, or reset: by a backend that ended between taking a connection and reading from it
+    site.complaints[:] = [said for said in site.complaints if "net::ERR_" not in said]

@@ -21,6 +21,7 @@ from worker.store import Store
 playwright_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed (dev extra)")
 pytestmark = pytest.mark.slow  # a browser takes its time
 expect = playwright_api.expect
+expect.set_options(timeout=60_000)  # the machine may be busy, and a page asks every few seconds
 
 HOSTILE = """<img src=x onerror="window.hacked=1">'\u202e"""
 CONFIG = (
@@ -38,7 +39,7 @@ class World:
         self.go, self.is_ill = threading.Event(), True
 
     def _waits(self) -> Check:
-        assert self.go.wait(20)
+        assert self.go.wait(120)
         return warning("queue", f"rather slow {HOSTILE}", "Buy a faster one")
 
     def _webhook(self) -> Check:
@@ -87,7 +88,7 @@ def url(tmp_path: Path, redis_url: str, world: World) -> Iterator[str]:
 @pytest.fixture(scope="module")
 def browser(chromium: str) -> Iterator[Any]:
     with playwright_api.sync_playwright() as playwright:
-        started = playwright.chromium.launch(executable_path=chromium, args=ARGUMENTS)
+        started = playwright.chromium.launch(executable_path=chromium, args=ARGUMENTS, timeout=120_000)
         yield started
         started.close()
 
@@ -98,7 +99,7 @@ def page(browser: Any) -> Iterator[Any]:
     complaints: list[str] = []
     context = browser.new_context(viewport={"width": 1280, "height": 900})
     opened = context.new_page()
-    opened.set_default_timeout(20_000)
+    opened.set_default_timeout(60_000)
     opened.on("pageerror", lambda error: complaints.append(str(error)))
     yield opened
     assert opened.evaluate("window.hacked") is None
