@@ -137,7 +137,7 @@ def wait_for(condition: Any, process: subprocess.Popen[bytes], seconds: float = 
 
 def answer(url: str) -> httpx.Response | None:
     try:
-        return httpx.get(url, trust_env=False)
+        return httpx.get(url, timeout=30, trust_env=False)
     except httpx.TransportError:
         return None
 
@@ -153,7 +153,9 @@ def test_the_installed_backend_answers(started: Any) -> None:
     assert page is not None
     assert page.status_code == 200
     assert "hardfirst" in page.text  # its templates were installed too
-    assert httpx.get(f"http://127.0.0.1:{port}/api/projects", trust_env=False).json() == []  # and its migrations
+    projects = answer(f"http://127.0.0.1:{port}/api/projects")
+    assert projects is not None
+    assert projects.json() == []  # and its migrations
 
 
 @pytest.mark.slow

@@ -34,7 +34,7 @@ class World:
 
     def look(self, name: str) -> Check:
         self.looked.append(name)
-        assert self.go.wait(20)
+        assert self.go.wait(60)
         if name == "store":
             return failed(name, "ill", "mend it", lambda: self._mend(name)) if self.ill else ok(name, "well")
         if name == "webhook":
@@ -75,7 +75,7 @@ def client(settings: Settings) -> Iterator[TestClient]:
 
 def over(client: TestClient, path: str) -> dict[str, Any]:
     """The check-up there, when it is over."""
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while (found := client.get(path).json())["state"] == "running":
         assert time.monotonic() < deadline
         time.sleep(0.01)

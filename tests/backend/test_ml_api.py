@@ -252,7 +252,7 @@ def test_without_a_worker_unknown_tasks_are_answered_in_time_as_pending(
     monkeypatch.setattr(ml_api, "PREDICT_SECONDS", 0.3)
     began = time.monotonic()
     first, unknown = ask(client, 2, 50)
-    assert time.monotonic() - began < 3
+    assert time.monotonic() - began < 20  # of the 85 s that Label Studio would give
     assert first["model_version"] == "al-000000"
     assert unknown == []  # an entry without a prediction: Label Studio stores none, and asks again
 
@@ -272,7 +272,7 @@ def test_what_is_left_over_is_asked_for_once_and_behind_the_annotators(
     client: TestClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     publish(client)
-    monkeypatch.setattr(ml_api, "PREDICT_SECONDS", 2.0)
+    monkeypatch.setattr(ml_api, "PREDICT_SECONDS", 4.0)  # some are left after reading, on a busy machine too
     monkeypatch.setattr("worker.scoring.LATE_PAUSE", 1e9)
     assert ask(client, 2, *range(50, 90))[1:] == [[]] * 40
     assert ask(client, 2, 50)[1:] == [[]]

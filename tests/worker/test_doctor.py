@@ -591,6 +591,7 @@ def test_a_worker_is_asked_for_what_needs_torch(
 ) -> None:
     own = make(redis_url=redis_url, device="cpu", weights="yolo11n.yaml")
     monkeypatch.setattr("worker.jobs.services", lambda: own)
+    monkeypatch.setattr(doctor, "WORKER_PATIENCE", 120.0)  # torch may still have to be loaded, on a busy machine
     looks = {one.name: one for one in deployment_looks(own, quick=False, ask_worker=True)}
     found: dict[str, Check] = {}
     asking = threading.Thread(target=lambda: found.update({name: looks[name].look() for name in ("device", "weights")}))
