@@ -35,6 +35,8 @@ START_TIMEOUT = 180.0  # migrations took 22 to 49 s on two cores; a loaded machi
 # Label Studio reads dozens of variables, some with common names (HOST, USERNAME, DATABASE_URL): it gets these alone.
 # No proxy variables: it must reach the backend on this machine directly.
 PASSED_ON = ("PATH", "HOME", "LANG", "LC_ALL", "TZ", "TMPDIR")
+# seconds for the answers of a backend on this machine, which trains meanwhile. Label Studio's own: 1, 1 and 3
+PATIENCE = {"WEBHOOK_TIMEOUT": "30", "ML_TIMEOUT_HEALTH": "30", "ML_TIMEOUT_SETUP": "60"}
 
 
 @dataclass
@@ -142,6 +144,7 @@ class LabelStudioServer:
             # it refuses to call a backend on a loopback or private address unless both say it may
             "SSRF_PROTECTION_ENABLED": "false",
             "ML_BLOCK_LOCAL_IP": "false",
+            **PATIENCE,
         }
         if self.local_files_root is not None:
             own["LABEL_STUDIO_LOCAL_FILES_SERVING_ENABLED"] = "true"
