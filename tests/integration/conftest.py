@@ -24,11 +24,13 @@ import pytest
 import uvicorn
 from sqlalchemy import func, or_, select, update
 
+from backend import admin
 from backend.app import create_app
 from demo import factory
 from demo.label_studio_server import LabelStudioServer, create_annotator
 from worker import attaching, queue, rounds, steps
 from worker.artifacts import round_key
+from worker.label_studio import LabelStudio
 from worker.services import Services
 from worker.settings import Settings
 from worker.store import events as event_rows
@@ -326,8 +328,12 @@ class Stage:
         manifest = json.loads(self.services.artifacts.get(round_key(project.id, number, "manifest.json")))
         return [int(task["task_id"]) for task in manifest["tasks"]]
 
+    def await_token(self) -> None:
+        """The backend tries the one that came with /setup after it has answered."""
+        eventually(lambda: self.services.label_studio.token() is not None, 60, "a token is kept")
+
     def webhook(self, body: dict[str, Any], **kwargs: Any) -> httpx.Response:
-        return httpx.post(f"{self.backend_url}/webhook", json=body, timeout=10, trust_env=False, **kwargs)
+        return httpx.post(f"{self.backend_url}/webhook", json=body, timeout=60, trust_env=False, **kwargs)
 
 
 @pytest.fixture
@@ -343,7 +349,7 @@ def serve() -> Iterator[Callable[..., str]]:
         thread = threading.Thread(target=server.run, daemon=True, name=f"backend-{port}")
         thread.start()
         running.append((server, thread))
-        eventually(lambda: server.started, 20, "the backend starts")
+        eventually(lambda: server.started, 60, "the backend starts")
         return f"http://127.0.0.1:{port}"
 
     start.stop = lambda: _stop_servers(running)  # type: ignore[attr-defined]
@@ -358,6 +364,17 @@ def _stop_servers(running: list[tuple[uvicorn.Server, threading.Thread]]) -> Non
         thread.join(10)
 
 
+def _patiently(send: Callable[..., httpx.Response]) -> Callable[..., httpx.Response]:
+    """LabelStudio._send with two minutes for every answer."""
+
+    def patient(
+        self: LabelStudio, method: str, path: str, headers: Any, timeout: float = 0.0, **kwargs: Any
+    ) -> httpx.Response:
+        return send(self, method, path, headers, max(timeout, 120.0), **kwargs)
+
+    return patient
+
+
 @pytest.fixture
 def make_stage(
     label_studio: LabelStudioServer,
@@ -369,6 +386,9 @@ def make_stage(
     """A stage with these settings changed; one in each test."""
     monkeypatch.setattr(rounds, "ATTACH_DELAY", 0.0)  # Label Studio has answered by the time `work` is called
     monkeypatch.setattr(attaching, "IMPORT_PAUSE", 0.1)  # no test's import is still running then
+    # on a busy machine Label Studio is slow, and not away: a step would wait for it, and no test waits for the step
+    monkeypatch.setattr(LabelStudio, "_send", _patiently(LabelStudio._send))
+    monkeypatch.setattr(admin, "LOOK_PATIENCE", 60.0)
     made: list[Services] = []
 
     def make(**changed: Any) -> Stage:
@@ -387,10 +407,10 @@ def make_stage(
         services.store.migrate()
         made.append(services)
         monkeypatch.setattr("worker.jobs.services", lambda: services)
-        # the backend's own sender would send a step before the test has looked
+        # the backend's own sender would send a step before the test has looked, its ticker a reconcile
         monkeypatch.setattr(steps, "start_sender", lambda *args, **kwargs: threading.Thread())
+        monkeypatch.setattr(queue, "start_ticker", lambda *args, **kwargs: threading.Thread())
         url = serve(settings)
-        queue.connect(redis_url).flushall()  # the ticker's first reconcile
         return Stage(label_studio, services, url)
 
     yield make

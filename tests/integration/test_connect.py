@@ -93,6 +93,7 @@ def test_the_holdout_is_shown_without_boxes_once_the_model_draws_some(stage: Any
     answer = httpx.post(
         f"{stage.backend_url}/predict",
         json={"tasks": [{"id": task_id} for task_id in sorted(holdout)], "project": f"{project.id}.1"},
+        timeout=60,
         trust_env=False,
     ).json()
     assert [found["result"] for found in answer["results"]] == [[], []]
@@ -103,7 +104,7 @@ def test_a_guarded_backend_is_connected_with_basic_auth_and_its_webhook_gets_the
     make_stage: Callable[..., Any],
 ) -> None:
     stage = make_stage(user="label", password="studio")
-    assert httpx.post(f"{stage.backend_url}/setup", json={}, trust_env=False).status_code == 401
+    assert httpx.post(f"{stage.backend_url}/setup", json={}, timeout=60, trust_env=False).status_code == 401
     project = stage.new_project(6)
     project.connect(SMALL, auth_method="BASIC_AUTH", basic_auth_user="label", basic_auth_pass="studio")
     stage.work()

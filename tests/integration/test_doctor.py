@@ -194,7 +194,8 @@ def test_personal_access_tokens_and_legacy_ones_that_are_off(stage: Any, second_
     assert stage.api.post("/api/jwt/settings", json=on).is_success
     # a user has one such token, and the admin's is another test's
     as_second = {"Authorization": f"Token {second_token}"}
-    personal = httpx.post(f"{stage.label_studio.url}/api/token/", headers=as_second, trust_env=False).json()["token"]
+    post = partial(httpx.post, timeout=60, trust_env=False)
+    personal = post(f"{stage.label_studio.url}/api/token/", headers=as_second).json()["token"]
     found = token_check(stage, personal)
     assert found.status is Status.OK
     assert re.fullmatch(r"personal access token of second-\S+", found.sentence)  # 200 years: no end is told
@@ -203,7 +204,7 @@ def test_personal_access_tokens_and_legacy_ones_that_are_off(stage: Any, second_
     assert "the personal access token is damaged" in broken.sentence
 
     bearer = LabelStudio(stage.label_studio.url, personal).auth_headers()
-    switch = partial(httpx.post, f"{stage.label_studio.url}/api/jwt/settings", headers=bearer, trust_env=False)
+    switch = partial(post, f"{stage.label_studio.url}/api/jwt/settings", headers=bearer)
     assert switch(json=on | {"legacy_api_tokens_enabled": False}).is_success
     try:
         off = token_check(stage, stage.label_studio.token)

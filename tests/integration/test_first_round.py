@@ -111,6 +111,7 @@ def test_without_a_token_the_one_that_label_studio_sends_is_used(make_stage: Cal
     stage = make_stage(label_studio_api_key="")
     project = stage.new_project(4)
     project.connect(SMALL)
+    stage.await_token()
     stage.work()
     assert stage.round(project, 0).state == "done"
     assert stage.row(project).problem is None

@@ -118,6 +118,6 @@ def test_the_box_in_training_is_the_pixels_meant(stage: Any, tmp_path: Path, mon
 
 def thumbnail_of(stage: Any, task_id: int) -> bytes:
     path = f"/api/projects/{stage.made[-1].id}/tasks/{task_id}/thumbnail.jpg"
-    answer = httpx.get(f"{stage.backend_url}{path}", trust_env=False, timeout=30)
+    answer = httpx.get(f"{stage.backend_url}{path}", trust_env=False, timeout=60)
     assert answer.status_code == 200, answer.text
     return answer.content

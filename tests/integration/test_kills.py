@@ -22,11 +22,11 @@ from worker.settings import Settings
 
 pytestmark = pytest.mark.slow
 REPOSITORY = Path(__file__).resolve().parents[2]
-# a lease of 30 s is right for a machine that may be busy; the tests cannot wait for it
+# the lease of 30 s is long for a test; one much shorter would end while a busy machine loads torch: no thread runs then
 WORKER = """
 import sys
 from worker import steps
-steps.LEASE, steps.RENEW_EVERY, steps.SETTLE = 3.0, 0.5, 1.0
+steps.LEASE, steps.RENEW_EVERY, steps.SETTLE = 10.0, 0.5, 1.0
 from worker.queue import main
 sys.exit(main(sys.argv[1:]))
 """
@@ -104,7 +104,7 @@ def test_workers_killed_in_training_and_in_scoring(
         return int(queue.get_progress(stage.services.redis, project.id).get("epoch") or 0)
 
     victim = start_worker(settings, "train", "train")
-    until(lambda: epochs_done() >= 2, 90, "the training runs")
+    until(lambda: epochs_done() >= 2, 180, "the training runs")
     kill_all(victim)
     (step,) = stage.open_steps()
     assert (step.kind, step.state, step.attempt) == ("train", "running", 1)
@@ -112,22 +112,22 @@ def test_workers_killed_in_training_and_in_scoring(
 
     start_worker(settings, "train", "train")
     sweeper = start_worker(settings, "simple", "control")
-    until(lambda: any(step.kind == "score" for step in stage.open_steps()), 120, "the training ends")
+    until(lambda: any(step.kind == "score" for step in stage.open_steps()), 240, "the training ends")
     report = stage.round(project, 1)
     assert report.state == "scoring", report.error
     assert report.labels == 3
 
     line.hold()  # the images do not come: the shard is in the middle of it
     victim = start_worker(settings, "simple", "score")
-    until(lambda: running(stage, "score"), 60, "the shard is claimed")
+    until(lambda: running(stage, "score"), 120, "the shard is claimed")
     time.sleep(0.5)
     kill_all(victim)
     line.let_go()
     start_worker(settings, "simple", "score")
-    until(lambda: stage.round(project, 1).state not in ("scoring", "publishing"), 90, "the round ends")
+    until(lambda: stage.round(project, 1).state not in ("scoring", "publishing"), 180, "the round ends")
     assert stage.round(project, 1).state == "done", stage.round(project, 1).error
     assert sweeper.poll() is None
-    remote = until(lambda: (got := project.remote())["model_version"] == "al-000001" and got, 10, "it is served")
+    remote = until(lambda: (got := project.remote())["model_version"] == "al-000001" and got, 60, "it is served")
     assert remote["sampling"] == "Uncertainty sampling"
     unlabelled = [task for task in project.tasks() if not task["total_annotations"]]
     versions = [[found["model_version"] for found in task["predictions"]].count("al-000001") for task in unlabelled]
@@ -164,14 +164,14 @@ def up(tmp_path: Path) -> Iterator[Callable[[Settings], subprocess.Popen[bytes]]
                 preexec_fn=lambda: die_with_parent(signal.SIGTERM, parent),
             )
         started.append(process)
-        until(lambda: _healthy(settings.port, process, log_path), 60, "hardfirst up answers")
+        until(lambda: _healthy(settings.port, process, log_path), 120, "hardfirst up answers")
         return process
 
     yield start
     for process in started:
         process.terminate()
         with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(20)
+            process.wait(60)
         process.kill()
         process.wait()
 
@@ -179,7 +179,7 @@ def up(tmp_path: Path) -> Iterator[Callable[[Settings], subprocess.Popen[bytes]]
 def _healthy(port: int, process: subprocess.Popen[bytes], log_path: Path) -> bool:
     assert process.poll() is None, log_path.read_text(errors="replace")[-2000:]
     with contextlib.suppress(httpx.HTTPError):
-        return httpx.get(f"http://127.0.0.1:{port}/health", timeout=1, trust_env=False).status_code == 200
+        return httpx.get(f"http://127.0.0.1:{port}/health", timeout=5, trust_env=False).status_code == 200
     return False
 
 
@@ -203,19 +203,23 @@ def test_valkey_killed_in_the_middle_of_a_round_of_hardfirst_up(
     project = stage.new_project(8)
     small = {"weights": "yolo11n.yaml", "epochs": 20, "imgsz": 64, "batch_size": 4, "holdout_size": 2}
     project.connect({**small, "labels_per_round": 3})
-    until(lambda: stage.rounds(project) and stage.round(project, 0).state == "done", 60, "the first batch is published")
+    until(lambda: stage.rounds(project) and stage.round(project, 0).state == "done", 240, "the first batch is there")
     holdout = stage.holdout(project)
     for task_id in [task_id for task_id in stage.batch(project, 0) if task_id not in holdout][:3]:
         project.label(task_id)
-    until(lambda: running(stage, "train"), 30, "the training begins")
+    until(lambda: running(stage, "train"), 120, "the training begins")
     children = {child.pid: child for child in psutil.Process(process.pid).children()}
     (valkey,) = [child for child in children.values() if "valkey" in child.name() or "redis" in child.name()]
     valkey.kill()
-    until(lambda: stage.round(project, 1).state not in ("training", "scoring", "publishing"), 120, "the round ends")
+    until(lambda: stage.round(project, 1).state not in ("training", "scoring", "publishing"), 240, "the round ends")
     assert stage.round(project, 1).state == "done", stage.round(project, 1).error
     assert stage.round(project, 1).labels == 3
-    until(lambda: project.remote()["model_version"] == "al-000001", 10, "it is served")
-    now = {child.pid for child in psutil.Process(process.pid).children()}
-    assert valkey.pid not in now
-    assert len(now) == len(children)  # it was started again, and nobody else is missing
-    assert httpx.get(f"http://127.0.0.1:{settings.port}/health", trust_env=False).status_code == 200
+    until(lambda: project.remote()["model_version"] == "al-000001", 60, "it is served")
+
+    def alive() -> set[int]:
+        return {child.pid for child in psutil.Process(process.pid).children()}
+
+    # it was started again, and nobody else is missing: who ended without it is there again by now
+    until(lambda: len(alive()) == len(children), 60, "all are there")
+    assert valkey.pid not in alive()
+    assert httpx.get(f"http://127.0.0.1:{settings.port}/health", timeout=60, trust_env=False).status_code == 200

@@ -100,7 +100,7 @@ def test_a_trained_model_draws_live_and_what_it_drew_is_stored(stage: Any) -> No
     assert queue.queue("predict", stage.services.redis).count == 0
     row = stage.scores_of(stage.round(project, 1))[new]
     assert (row.shard, row.n_boxes, row.sent) == (-1, len(drawn["result"]), True)
-    with httpx.Client(trust_env=False) as client:  # the same answer, without any worker
+    with httpx.Client(timeout=60, trust_env=False) as client:  # the same answer, without any worker
         body = {"tasks": [task], "project": project.id}
         assert client.post(f"{stage.backend_url}/predict", json=body).json()["results"] == [drawn]
 

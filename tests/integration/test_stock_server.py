@@ -260,7 +260,7 @@ def test_a_real_label_studio_works_with_the_stock_server(stage: Any, start_stock
     project = stage.new_project(6)
     project.backend_url = stock.url
     project.connect({"weights": "yolo11n.yaml", "imgsz": 64, "batch_size": 3, "holdout_size": 2, "labels_per_round": 2})
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 120
     while stage.round(project, 0).state not in ("done", "failed") and time.monotonic() < deadline:
         stage.work()  # the first step is due two seconds after /setup
         time.sleep(0.1)

@@ -50,17 +50,17 @@ def set_config(project: Any, label_config: str) -> httpx.Response:
 
 
 def page(stage: Any, project: Any) -> str:
-    return httpx.get(f"{stage.backend_url}/projects/{project.id}", timeout=20, trust_env=False).text
+    return httpx.get(f"{stage.backend_url}/projects/{project.id}", timeout=60, trust_env=False).text
 
 
 def notes_shown(stage: Any, project: Any) -> list[str]:
     path = f"{stage.backend_url}/api/projects/{project.id}"
-    return list(httpx.get(path, timeout=20, trust_env=False).json()["notes"])
+    return list(httpx.get(path, timeout=60, trust_env=False).json()["notes"])
 
 
 def status(stage: Any, project: Any) -> dict[str, Any]:
     path = f"{stage.backend_url}/api/projects/{project.id}/status"
-    return dict(httpx.get(path, timeout=20, trust_env=False).json())
+    return dict(httpx.get(path, timeout=60, trust_env=False).json())
 
 
 def examined(stage: Any, project: Any, *, fix: bool = False) -> dict[str, Check]:
@@ -77,7 +77,7 @@ def examined(stage: Any, project: Any, *, fix: bool = False) -> dict[str, Check]
 @pytest.fixture
 def switch_tokens(stage: Any, label_studio: LabelStudioServer) -> Iterator[Callable[..., None]]:
     """Switches kinds of tokens on or off in the organisation, as its owner does on its page; on again afterwards."""
-    browser = httpx.Client(base_url=label_studio.url, timeout=30, trust_env=False, follow_redirects=True)
+    browser = httpx.Client(base_url=label_studio.url, timeout=60, trust_env=False, follow_redirects=True)
     browser.get("/user/login/")
     form = {"email": label_studio.username, "password": label_studio.password}
     form |= {"csrfmiddlewaretoken": browser.cookies["csrftoken"]}
@@ -98,7 +98,7 @@ def switch_tokens(stage: Any, label_studio: LabelStudioServer) -> Iterator[Calla
 @pytest.fixture
 def personal(label_studio: LabelStudioServer, switch_tokens: Callable[..., None]) -> Iterator[Callable[[], str]]:
     """Makes the admin a new personal access token, in the place of the one before; the last is revoked afterwards."""
-    api = httpx.Client(base_url=label_studio.url, headers={"Authorization": f"Token {label_studio.token}"})
+    api = httpx.Client(base_url=label_studio.url, headers={"Authorization": f"Token {label_studio.token}"}, timeout=60)
 
     def make() -> str:
         for old in api.get("/api/token/").json():
@@ -116,7 +116,8 @@ def personal(label_studio: LabelStudioServer, switch_tokens: Callable[..., None]
 
 def revoke(label_studio: LabelStudioServer, token: str) -> None:
     headers = {"Authorization": f"Token {label_studio.token}"}
-    answer = httpx.post(f"{label_studio.url}/api/token/blacklist/", json={"refresh": token}, headers=headers)
+    body = {"refresh": token}
+    answer = httpx.post(f"{label_studio.url}/api/token/blacklist/", json=body, headers=headers, timeout=60)
     assert answer.status_code == 204, answer.text
 
 
@@ -221,7 +222,7 @@ def test_without_a_token_the_one_of_setup_is_tried(make_stage: Callable[..., Any
     stage = make_stage(label_studio_api_key="")
     project = stage.new_project(8)
     project.connect(SMALL)
-    wait_for(lambda: stage.services.label_studio.token() is not None)
+    stage.await_token()
     stage.work()
     assert stage.round(project, 0).state == "done"
     assert project.remote()["model_version"] == "al-000000"
@@ -238,7 +239,7 @@ def test_without_a_token_and_legacy_tokens_off_the_page_says_what_to_do(
     project = stage.new_project(8)
     given = personal()
     project.connect(SMALL, extra=None)
-    wait_for(lambda: stage.services.label_studio.token() is not None)
+    stage.await_token()
     stage.services.label_studio._setup_token.file.unlink()  # as if nothing had been connected before it was off
     switch_tokens(legacy_api_tokens_enabled=False)
     stage.services.label_studio.offer_setup_token(stage.label_studio.token)
@@ -250,7 +251,7 @@ def test_without_a_token_and_legacy_tokens_off_the_page_says_what_to_do(
 
 
 def wait_for(condition: Callable[[], object]) -> None:
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.05)
@@ -347,7 +348,7 @@ def test_a_copy_of_a_project_confuses_nobody_and_can_be_connected(stage: Any) ->
     assert (stage.row(project).published_version, stage.rounds(project)) == (before[0].published_version, before[1])
     assert stage.task_rows(project) == before[2]
     assert copy.webhooks() == []
-    assert httpx.get(f"{stage.backend_url}/api/projects/{copy.id}", trust_env=False).status_code == 404
+    assert httpx.get(f"{stage.backend_url}/api/projects/{copy.id}", timeout=60, trust_env=False).status_code == 404
 
     copy.connect(SMALL)
     stage.work()
@@ -439,7 +440,7 @@ def test_a_label_that_is_used_is_renamed(stage: Any, labels: Any, boxes: dict[st
     for position, task_id in enumerate(for_training(stage, project)):
         project.label(task_id, [box(("nut", "bolt")[position % 2])])
     assert set_config(project, config(*labels)).is_success
-    httpx.post(f"{stage.backend_url}/api/projects/{project.id}/rounds", trust_env=False)
+    httpx.post(f"{stage.backend_url}/api/projects/{project.id}/rounds", timeout=60, trust_env=False)
     stage.work()
     row = stage.round(project, 1)
     assert row.state == "done", row.error
@@ -475,7 +476,7 @@ def test_labels_added_removed_renamed_and_reordered_between_rounds(stage: Any) -
              for region in one["result"]}  # fmt: skip
     assert shown <= {"clip", "bolt", "nut"}
     assert examined(stage, project)["labels"].status is Status.OK
-    httpx.get(f"{stage.backend_url}/projects/{project.id}", trust_env=False).raise_for_status()
+    httpx.get(f"{stage.backend_url}/projects/{project.id}", timeout=60, trust_env=False).raise_for_status()
 
 
 def eval_json(text: str) -> dict[str, Any]:
@@ -543,7 +544,7 @@ def test_a_label_config_that_is_none_of_ours_any_more_fails_the_round_and_says_w
     choices = '<Choices name="c" toName="image"><Choice value="a"/></Choices>'
     choices = f'<View><Image name="image" value="$image"/>{choices}</View>'
     assert set_config(project, choices).is_success
-    httpx.post(f"{stage.backend_url}/api/projects/{project.id}/rounds", trust_env=False)
+    httpx.post(f"{stage.backend_url}/api/projects/{project.id}/rounds", timeout=60, trust_env=False)
     stage.work()
     assert stage.last_round(project).state == "failed"
     assert "RectangleLabels" in stage.row(project).problem
@@ -552,7 +553,7 @@ def test_a_label_config_that_is_none_of_ours_any_more_fails_the_round_and_says_w
     for task_id in for_training(stage, project):
         project.label(task_id, [box("nut")])
     stage.work()
-    httpx.post(f"{stage.backend_url}/api/projects/{project.id}/rounds/retry", trust_env=False)
+    httpx.post(f"{stage.backend_url}/api/projects/{project.id}/rounds/retry", timeout=60, trust_env=False)
     stage.work()
     assert stage.last_round(project).state == "done"
 
@@ -572,7 +573,7 @@ def test_tasks_deleted_while_they_are_scored(stage: Any) -> None:
     row = stage.round(project, 1)
     assert row.state == "done", row.error
     assert not set(doomed) & set(stage.batch(project, 1))
-    shown = httpx.get(f"{stage.backend_url}/api/projects/{project.id}", trust_env=False).json()
+    shown = httpx.get(f"{stage.backend_url}/api/projects/{project.id}", timeout=60, trust_env=False).json()
     assert shown["problems"] == []  # nobody is told of images that are gone
 
 
@@ -650,7 +651,7 @@ def test_labelled_tasks_are_deleted_while_the_detector_trains(stage: Any, monkey
     assert {task_id for task_id, task in stage.task_rows(project).items() if task.deleted} == set(doomed)
     assert stage.annotation_count(project) == 4
     assert examined(stage, project)["order"].status is Status.OK
-    assert httpx.get(f"{stage.backend_url}/projects/{project.id}", trust_env=False).status_code == 200
+    assert httpx.get(f"{stage.backend_url}/projects/{project.id}", timeout=60, trust_env=False).status_code == 200
     stage.make_due()
     stage.reconcile()
     stage.work()
