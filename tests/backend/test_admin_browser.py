@@ -235,7 +235,8 @@ def test_boxes_lie_on_the_picture(page: Any, site: Site) -> None:
     page.wait_for_selector("#selection-notes li")  # it comes later, and moves what is below
     picture = page.locator('[data-task="1"] img')
     picture.scroll_into_view_if_needed()
-    page.wait_for_function("document.querySelector('[data-task=\"1\"] img').naturalWidth === 320")
+    picture.evaluate("image => image.decode()")  # loaded only now, as it came into view
+    assert picture.evaluate("image => image.naturalWidth") == 320
     frame = picture.bounding_box()
     box = page.locator('[data-task="1"] .boxes rect').first.bounding_box()
     assert box["x"] - frame["x"] == pytest.approx(0.1 * frame["width"], abs=2)
