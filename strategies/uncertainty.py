@@ -21,7 +21,7 @@ Vector = NDArray[np.float64]
 Matrix = NDArray[np.float64]
 
 AGGREGATES = ("max", "min", "mean", "top_n_mean", "sum", "open")
-EMPTY_POLICIES = ("uncertain", "certain", "best_candidate")
+EMPTY_POLICIES = ("uncertain", "certain", "best_candidate", "calibrated")
 
 _SMALLEST_PROBABILITY = 1e-7  # keeps the odds p / (1 - p) finite at both ends
 
@@ -140,15 +140,18 @@ def image_uncertainty(
     method: str = "max",
     n: int = 10,
     class_weights: ArrayLike | None = None,
+    chance_missed: float | None = None,
 ) -> float:
     """Uncertainty of one image from the class probabilities of its boxes.
 
     Args: probabilities (N, C) sigmoid outputs of the kept candidates, down to a low threshold; measure: a name in
         MEASURES; threshold: boxes count when max_c p_c >= threshold; empty: worth of an image without such a box,
-        "uncertain" (1), "certain" (0) or "best_candidate" (the measure of the most confident box below the
+        "uncertain" (1), "certain" (0), "best_candidate" (the measure of the most confident box below the
         threshold; with no candidate at all, of a row of zeros: 1 for least_confidence, 0, certainly background, for
-        margin and entropy); method, n: see `aggregate`; class_weights: (C,) factors >= 0 on each box by its most
-        likely class (see `class_weights`); the policies "uncertain" and "certain" have no class and no weight.
+        margin and entropy) or "calibrated" (chance_missed times what "uncertain" is worth; while that chance is not
+        known, "best_candidate"); method, n: see `aggregate`; class_weights: (C,) factors >= 0 on each box by its most
+        likely class (see `class_weights`); policies other than "best_candidate" have no weight; chance_missed:
+        in [0, 1], how likely an image without such a box holds something all the same, or None: not known.
         threshold and empty left None: 0.25 and "uncertain" for least_confidence (on the raw sigmoids), 0.05 and
         "best_candidate" for margin and entropy (on `with_background` rows).
     Returns: a float in [0, 1], high = more uncertain; with "sum", "open" or class weights it may exceed 1: Pool takes
@@ -165,6 +168,9 @@ def image_uncertainty(
     confidence = rows.max(axis=1) if len(rows) else np.zeros(0)
     if (confidence >= lowest).any():
         return aggregate(_box_values(rows[confidence >= lowest], chosen, weights), method, n)
+    if policy == "calibrated" and chance_missed is not None:
+        chance = float(as_vector([chance_missed], "chance_missed", 1, 0.0, 1.0)[0])
+        return chance * aggregate([1.0], method, n)
     return aggregate(_value_without_boxes(rows, confidence, chosen, policy, weights), method, n)
 
 
@@ -172,7 +178,7 @@ def _value_without_boxes(
     rows: Matrix, confidence: Vector, measure: Measure, policy: str, weights: Vector | None
 ) -> Vector:
     """(1,) what stands for the boxes of an image that has none."""
-    if policy != "best_candidate":
+    if policy in ("uncertain", "certain"):
         return np.array([1.0 if policy == "uncertain" else 0.0])
     if not len(rows):
         return np.array([0.0 if measure.background else 1.0])

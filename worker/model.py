@@ -135,7 +135,7 @@ class Scorer:
             look.width,
             look.height,
         )
-        measures = measures_of(look, self.settings, self.class_weights)
+        measures = measures_of(look, self.settings, self.class_weights, self._chances_missed)
         return TaskScore(task_id, regions, measures, look.embedding, disagreement=disagreement)
 
     @cached_property
@@ -145,6 +145,11 @@ class Scorer:
             return None
         labelled = loads(self._round.report).get("boxes_per_class", {})
         return weights_of_classes(self.settings, self.detector.names, labelled)
+
+    @cached_property
+    def _chances_missed(self) -> dict[str, float]:
+        """As the round's detector was measured; empty: it never was."""
+        return dict(loads(self._round.report).get("chances_missed") or {})
 
 
 def _load_detector(services: Services, key: str | None, sha256: str | None) -> Detector | None:

@@ -45,6 +45,7 @@ from worker.store import (
 )
 from worker.store import rounds as round_rows
 from worker.syncing import sync_label_config
+from worker.uncertainty import chances_missed
 from worker.work import Work
 
 if TYPE_CHECKING:
@@ -84,6 +85,7 @@ def train_and_measure(work: Work) -> None:
         "seconds": round(trained.seconds, 1),
         "left_out": dataset.left_out,
         "boxes_per_class": dataset.boxes_per_class,
+        "chances_missed": chances_missed(measured.evaluations[work.round.id].arrays, work.settings),
         "background": dataset.n_background,
         "base_weights": Path(base.path).name,
         "members": _keep_checkpoints(work),

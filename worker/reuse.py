@@ -51,7 +51,8 @@ def image_digest(reference: str) -> str:
 def scoring_key(work: Work) -> str:
     """What a score depends on besides the image: detector, committee, image size, confidence, what labels mean,
     and how uncertainty is read."""
-    members = [one.get("sha256") for one in loads(work.round.report).get("members", [])]
+    report = loads(work.round.report)
+    members = [one.get("sha256") for one in report.get("members", [])]
     settings = work.settings
     parts = (
         work.round.weights_sha256 or DESCRIPTOR_NAME,
@@ -60,7 +61,7 @@ def scoring_key(work: Work) -> str:
         settings.confidence,
         work.project.label_config,
         settings.shapes,
-        reading_of(settings, loads(work.round.report).get("boxes_per_class", {})),
+        reading_of(settings, report.get("boxes_per_class", {}), report.get("chances_missed")),
     )
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 

@@ -187,10 +187,11 @@ class ProjectSettings(BaseModel):
         description="Boxes count for uncertainty from this confidence on. Default: .1 for `hybrid_k_center`; else .25 "
         "for the measure `least_confidence`, .05 for `margin` and `entropy`.",
     )
-    uncertainty_empty: Literal["uncertain", "certain", "best_candidate"] | None = Field(
+    uncertainty_empty: Literal["uncertain", "certain", "best_candidate", "calibrated"] | None = Field(
         None,
-        description="What an image without such a box is. Default: `best_candidate` for `hybrid_k_center`, `margin` "
-        "and `entropy`, else `uncertain`.",
+        description="What an image without such a box is; `calibrated`: as uncertain as it is likely, by the holdout, "
+        "that something was missed. Default: `best_candidate` for `hybrid_k_center`, `margin` and `entropy`, else "
+        "`uncertain`.",
     )
     uncertainty_aggregate: Literal["max", "min", "mean", "top_n_mean", "sum", "open"] | None = Field(
         None,

@@ -57,7 +57,7 @@ from worker.selection import ScoredTasks, first_batch, generator, next_batch
 from worker.settings import ProjectSettings
 from worker.simulation_world import Oracle, Picture, World, read_world
 from worker.training import TrainProgress, TrainRequest, train
-from worker.uncertainty import lowest_candidate, measures_of, reading_of, weights_of_classes
+from worker.uncertainty import chances_missed, lowest_candidate, measures_of, reading_of, weights_of_classes
 from worker.work import MEASURES
 
 FORMAT = 1  # of the files in the cache: raise it when a step means something else
@@ -421,7 +421,7 @@ class Choice:
 
     def _scores_key(self, boxes_per_class: Mapping[str, int]) -> str:
         settings = self.settings
-        reading = reading_of(settings, boxes_per_class)
+        reading = reading_of(settings, boxes_per_class, self.training.evaluation_key)
         members = [member.key for member in self.members]
         seen = (settings.imgsz, settings.confidence, self.bench.world.pool_fingerprint)
         return _key("scores", self.training.key, members, reading, *seen)
@@ -496,6 +496,8 @@ class Choice:
                 for one in (self.training, *self.members)
             ]
             weights = weights_of_classes(settings, detectors[0].names, self._boxes_per_class())
+            self.training.evaluation()
+            chances = chances_missed(self.bench.arrays(self.training.evaluation_key), settings)
             streams = [
                 detector.score_each(
                     _opened(world.pool), settings.imgsz, settings.confidence, lowest_candidate(settings)
@@ -505,7 +507,7 @@ class Choice:
             measures, embeddings, votes = [], [], []
             for done, looks in enumerate(zip(*streams, strict=True), start=1):
                 seen = [usable(look) for look in looks]
-                measures.append(measures_of(seen[0], settings, weights))
+                measures.append(measures_of(seen[0], settings, weights, chances))
                 embeddings.append(seen[0].embedding)
                 if len(seen) > 1:
                     votes.append(image_disagreement([(one.boxes_xyxy, one.probabilities) for one in seen]))

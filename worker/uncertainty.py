@@ -9,13 +9,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from strategies.uncertainty import MEASURES, class_weights, image_uncertainty
 from worker.settings import ProjectSettings
+
+if TYPE_CHECKING:
+    from worker.evaluation import EvaluationArrays
 
 LOWEST_CANDIDATE = 0.05  # the detector keeps candidates from here on, unless a project looks lower
 
@@ -92,10 +95,32 @@ def weights_of_classes(
     return class_weights([boxes_per_class.get(names[class_id], 0) for class_id in sorted(names)])
 
 
+def chances_missed(arrays: EvaluationArrays, settings: ProjectSettings) -> dict[str, float]:
+    """Measure -> how likely an image in which the detector sees nothing holds something, by the holdout.
+
+    (images with an object + 1/2) / (images + 1), of those of the holdout without a box from the threshold on: the
+    holdout is a random sample of the pool, which batches that were chosen are not.
+    """
+    highest = np.zeros(len(arrays.keys))
+    np.maximum.at(highest, arrays.pred_img, arrays.conf)
+    has_object = np.isin(np.arange(len(arrays.keys)), arrays.target_img)
+    found = {}
+    for name, measure in MEASURES.items():
+        sees_nothing = highest < _or(reading(settings).threshold, measure.threshold)
+        found[name] = round(float((has_object[sees_nothing].sum() + 0.5) / (sees_nothing.sum() + 1)), 4)
+    return found
+
+
 def measures_of(
-    look: Look, settings: ProjectSettings, weights: NDArray[np.float64] | None = None
+    look: Look,
+    settings: ProjectSettings,
+    weights: NDArray[np.float64] | None = None,
+    chances: Mapping[str, float] = MappingProxyType({}),
 ) -> dict[str, float]:
-    """Every measure of one image, as the project's settings read it. They may exceed 1: see `image_uncertainty`."""
+    """Every measure of one image, as the project's settings read it. They may exceed 1: see `image_uncertainty`.
+
+    Args: chances: of `chances_missed`; empty: nothing was measured yet.
+    """
     rows = look.probabilities if len(look.probabilities) else look.best_candidate[None, :]
     how = reading(settings)
     return {
@@ -107,16 +132,24 @@ def measures_of(
             method=how.aggregate,
             n=settings.uncertainty_n,
             class_weights=weights,
+            chance_missed=chances.get(name),
         )
         for name in MEASURES
     }
 
 
-def reading_of(settings: ProjectSettings, boxes_per_class: Mapping[str, int]) -> dict[str, Any]:
-    """What the measures of an image depend on besides the detector, as JSON: for keys of stored scores."""
+def reading_of(
+    settings: ProjectSettings, boxes_per_class: Mapping[str, int], chances: object = None
+) -> dict[str, Any]:
+    """What the measures of an image depend on besides the detector, as JSON: for keys of stored scores.
+
+    Args: chances: of `chances_missed`, or what they depend on.
+    """
     chosen = said_in_full(settings)
     if chosen["uncertainty_aggregate"] == "top_n_mean":
         chosen["uncertainty_n"] = settings.uncertainty_n
     if chosen["class_weights"]:
         chosen["boxes_per_class"] = dict(sorted(boxes_per_class.items()))
+    if chosen["uncertainty_empty"] == "calibrated":
+        chosen["chances_missed"] = chances
     return chosen

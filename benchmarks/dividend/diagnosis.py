@@ -28,14 +28,14 @@ from strategies.whitening import fit_whitening
 from worker.arms import parse_arms
 from worker.boxes import yolo_to_xyxy
 from worker.detector import Detector, ImageScore
-from worker.evaluation import box_iou
+from worker.evaluation import EvaluationArrays, box_iou
 from worker.images import decode_image
 from worker.selection import ScoredTasks, next_batch
 from worker.settings import ProjectSettings, parse_project_settings
 from worker.simulate import Bench, Plan, Step, Training, usable
 from worker.simulation_results import rare_classes
 from worker.simulation_world import LOOK_ALIKE, Picture, World
-from worker.uncertainty import measures_of, weights_of_classes
+from worker.uncertainty import chances_missed, measures_of, weights_of_classes
 from worker.work import MEASURES
 
 Vector = NDArray[np.float64]
@@ -87,6 +87,7 @@ class Seen:
     rare: NDArray[np.bool_]
     boxes_per_class: Mapping[str, int]
     names: Mapping[int, str]
+    holdout: EvaluationArrays
 
     @property
     def embeddings(self) -> NDArray[np.float32]:
@@ -142,6 +143,7 @@ def look_at(bench: Bench, number: int) -> Seen:
     if at is None:
         raise SystemExit(f"round {number} of random is not played in {bench.plan.out}: run benchmarks.dividend --play")
     training, _, oracle = at
+    training.evaluation()
     detector = Detector.load(training.weights(), threads=1, backend="torch")
     pool = bench.world.pool
     images = (decode_image(picture.path.read_bytes()) for picture in pool)
@@ -155,6 +157,7 @@ def look_at(bench: Bench, number: int) -> Seen:
         rare=np.array([bool(rare & set(picture.truth.class_ids.tolist())) for picture in pool]),
         boxes_per_class=_boxes_per_class(training),
         names=detector.names,
+        holdout=bench.arrays(training.evaluation_key),
     )
 
 
@@ -212,7 +215,8 @@ def _rank_correlation(values: Vector, others: Vector) -> float | None:
 def uncertainty(seen: Seen, settings: ProjectSettings) -> dict[str, Vector]:
     """Measure -> (N,), as production reads them."""
     weights = weights_of_classes(settings, seen.names, seen.boxes_per_class)
-    found = [measures_of(look, settings, weights) for look in seen.looks]
+    chances = chances_missed(seen.holdout, settings)
+    found = [measures_of(look, settings, weights, chances) for look in seen.looks]
     return {name: np.array([one[name] for one in found]) for name in MEASURES}
 
 

@@ -32,6 +32,8 @@ def test_one_image_of_one_class_trains(stage: Any) -> None:
     report = json.loads(row.report)
     assert report["boxes_per_class"]["nut"] == 1
     assert sum(report["boxes_per_class"].values()) == 1
+    assert set(report["chances_missed"]) == {"least_confidence", "margin", "entropy"}
+    assert all(0 < chance < 1 for chance in report["chances_missed"].values())
     assert json.loads(row.verdict)["verdict"] == "insufficient_evidence"
     assert project.remote()["model_version"] == "al-000001"
 

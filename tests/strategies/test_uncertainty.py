@@ -216,6 +216,16 @@ def test_best_candidate_without_any_candidate(measure, expected):
     assert image_uncertainty([], measure, empty="best_candidate") == expected
 
 
+def test_a_calibrated_empty_image_is_worth_the_chance_that_something_was_missed():
+    assert image_uncertainty([[0.1], [0.2]], empty="calibrated", chance_missed=0.3) == 0.3
+    assert image_uncertainty([[0.1], [0.2]], empty="calibrated") == pytest.approx(0.8)  # as the best candidate
+    assert image_uncertainty([[0.1]], empty="calibrated", method="open", chance_missed=0.5) == pytest.approx(
+        (math.log(2) + 2) / 2
+    )
+    with pytest.raises(InputInvalid, match="chance_missed"):
+        image_uncertainty([[0.1]], empty="calibrated", chance_missed=1.5)
+
+
 def test_class_weights_count_by_likeliest_class():
     boxes = [[0.8, 0.1], [0.1, 0.6]]
     assert image_uncertainty(boxes, class_weights=[1, 2]) == pytest.approx(0.8)

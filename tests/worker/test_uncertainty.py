@@ -10,8 +10,10 @@ import pytest
 from numpy.typing import NDArray
 
 from strategies.uncertainty import MEASURES, image_uncertainty
+from worker.evaluation import EvaluationArrays
 from worker.settings import ProjectSettings
 from worker.uncertainty import (
+    chances_missed,
     lowest_candidate,
     measures_of,
     reading,
@@ -71,6 +73,43 @@ def test_an_image_without_boxes_is_what_the_policy_says() -> None:
     assert read(look, uncertainty_empty="best_candidate") == pytest.approx(0.875)
 
 
+def holdout(*images: tuple[list[float], int]) -> EvaluationArrays:
+    """Of each image: the confidences of what is seen, and how many objects there are."""
+    conf = [(one, row) for row, (seen_there, _) in enumerate(images) for one in seen_there]
+    targets = [row for row, (_, objects) in enumerate(images) for _ in range(objects)]
+    return EvaluationArrays(
+        keys=np.arange(len(images)),
+        tp=np.zeros((len(conf), 10), dtype=bool),
+        conf=np.array([one for one, _ in conf], np.float64),
+        pred_cls=np.zeros(len(conf), np.int64),
+        pred_img=np.array([row for _, row in conf], np.int64),
+        target_cls=np.zeros(len(targets), np.int64),
+        target_img=np.array(targets, np.int64),
+    )
+
+
+def test_the_holdout_says_what_it_means_that_nothing_is_seen() -> None:
+    # seen; nothing above .2, one object; nothing at all, two objects; nothing, and there is nothing
+    images = holdout(([0.1, 0.9], 1), ([0.2], 1), ([], 2), ([0.01], 0))
+    found = chances_missed(images, ProjectSettings(strategy="hybrid"))
+    assert found["least_confidence"] == 0.625  # (2 + .5) / (3 + 1)
+    assert found["entropy"] == 0.5  # from .05 on the second sees something: (1 + .5) / (2 + 1)
+    low = ProjectSettings(strategy="hybrid", uncertainty_threshold=0.15)
+    assert chances_missed(holdout(([0.1], 1), ([0.2], 0)), low)["least_confidence"] == 0.75
+    assert chances_missed(holdout(), low)["margin"] == 0.5
+
+
+def test_an_image_without_boxes_is_as_uncertain_as_the_holdout_says() -> None:
+    faint, chances = seen(best=(0.125, 0.0)), {"least_confidence": 0.25}
+    calibrated = ProjectSettings(strategy="hybrid", uncertainty_empty="calibrated")
+    assert measures_of(faint, calibrated, None, chances)["least_confidence"] == 0.25
+    assert measures_of(faint, calibrated)["least_confidence"] == pytest.approx(0.875)  # nothing is known yet
+    as_open = calibrated.model_copy(update={"uncertainty_aggregate": "open"})
+    weights = np.array([3.0, 3.0])  # it is nobody's class
+    assert measures_of(faint, as_open, weights, chances)["least_confidence"] == pytest.approx(0.25 * (np.log(2) + 2))
+    assert measures_of(seen((0.75, 0.0)), calibrated, None, chances)["least_confidence"] == pytest.approx(0.25)
+
+
 def test_boxes_become_one_number_as_the_aggregate_says() -> None:
     look = seen((0.5, 0.0), (0.75, 0.0), (0.0, 1.0))
     assert read(look, uncertainty_aggregate="min") == 0
@@ -114,6 +153,9 @@ def test_only_what_changes_a_measure_changes_its_key() -> None:
         assert reading_of(ProjectSettings(**{"strategy": "hybrid", **changed}), {"nut": 3}) != classic
     weighing = ProjectSettings(class_weights=True)
     assert reading_of(weighing, {"nut": 3}) != reading_of(weighing, {"nut": 9})
+    assert reading_of(weighing, {"nut": 3}, "one") == reading_of(weighing, {"nut": 3}, "other")
+    calibrated = ProjectSettings(uncertainty_empty="calibrated")
+    assert reading_of(calibrated, {"nut": 3}, "one") != reading_of(calibrated, {"nut": 3}, "other")
 
 
 def test_production_scores_tasks_by_the_same_reading() -> None:
@@ -142,3 +184,8 @@ def test_production_scores_tasks_by_the_same_reading() -> None:
     assert len(found.regions) == 1  # boxes are drawn from .25 all the same
     expected = 0.25 * np.sqrt(55 / 100) + 0.875 * np.sqrt(55 / 10)
     assert found.measures["least_confidence"] == pytest.approx(expected)
+    other: Any = Scorer.__new__(Scorer)
+    vars(other).update({name: vars(scorer)[name] for name in ("label_map", "detector", "class_to_label")})
+    other.settings = ProjectSettings(uncertainty_threshold=0.9, uncertainty_empty="calibrated", class_weights=False)
+    other._round = SimpleNamespace(report='{"chances_missed": {"least_confidence": 0.5, "margin": 0, "entropy": 0}}')
+    assert other._task_score(1, look, None).measures["least_confidence"] == pytest.approx(0.5 * (np.log(2) + 2))
