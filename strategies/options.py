@@ -71,8 +71,8 @@ _MAX_REFERENCES = Option("max_references", 20_000, "images that have to be cover
 _ALPHA = Option("alpha", 0.7, "weight of the uncertainty", 0.0, 1.0)
 _ALPHA_OF_DISAGREEMENT = Option("alpha", 0.7, "weight of the committee's disagreement", 0.0, 1.0)
 _BETA = Option("beta", 0.3, "weight of the diversity", 0.0, 1.0)
-# By the comparison in benchmarks/dividend: a burst is left at its first frame however uncertain the others are.
-_ALPHA_IN_PRODUCT = Option("alpha", 0.25, "weight of the uncertainty, or its exponent in a product", 0.0, 1.0)
+# By the comparison in benchmarks/dividend
+_ALPHA_IN_PRODUCT = Option("alpha", 1.0, "weight of the uncertainty, or its exponent in a product", 0.0, 1.0)
 _BETA_IN_PRODUCT = Option("beta", 1.0, "weight of the diversity, or its exponent in a product", 0.0, 1.0)
 _MIX = Option(
     "mix",

@@ -190,8 +190,8 @@ class ProjectSettings(BaseModel):
     uncertainty_empty: Literal["uncertain", "certain", "best_candidate", "calibrated"] | None = Field(
         None,
         description="What an image without such a box is; `calibrated`: as uncertain as it is likely, by the holdout, "
-        "that something was missed. Default: `best_candidate` for `hybrid_k_center`, `margin` and `entropy`, else "
-        "`uncertain`.",
+        "that something was missed (`best_candidate` while no holdout is measured). Default: `calibrated` for "
+        "`hybrid_k_center`, `best_candidate` for `margin` and `entropy`, else `uncertain`.",
     )
     uncertainty_aggregate: Literal["max", "min", "mean", "top_n_mean", "sum", "open"] | None = Field(
         None,

@@ -180,10 +180,8 @@ def compare(results: Json, arrays: Callable[[str], EvaluationArrays] | None) -> 
         "noise_arm": noise_arm(results["arms"], baseline),
         "curves": {label: {x: curve(results, label, x) for x in ("labels", "boxes", "minutes")} for label in labels},
         "rare_curves": {label: curve(results, label, "labels", "rare_ap50") for label in labels},
-        "areas": {label: _areas(results, label, baseline) for label in labels},
-        "differences": {
-            label: differences(results, label, baseline, samples) for label in labels if label != baseline
-        },
+        "areas": {label: area_gain(results, label, baseline) for label in labels},
+        "differences": {label: differences(results, label, baseline, samples) for label in labels if label != baseline},
         "rare_differences": {
             label: differences(results, label, baseline, {}, "rare_ap50") for label in labels if label != baseline
         },
@@ -232,20 +230,23 @@ def curve(results: Json, arm: str, x: str, y: str = "map50") -> list[Json]:
 
 
 def area(rounds: Sequence[Json], x: str = "labels", y: str = "map50") -> float | None:
-    """Mean height of a learning curve between its first and last point; None for a single one."""
+    """Mean height of a learning curve between its first and last point; None for a single one, or one with a gap."""
     xs, ys = [one[x] for one in rounds], [one[y] for one in rounds]
-    if len(xs) < 2 or xs[-1] <= xs[0]:
+    if len(xs) < 2 or xs[-1] <= xs[0] or None in ys:
         return None
     return float(np.trapezoid(ys, xs) / (xs[-1] - xs[0]))
 
 
-def _areas(results: Json, arm: str, baseline: str) -> Json:
-    """Over the rounds that an arm's seed and the baseline's both have, so that a run under way compares alike."""
+def area_gain(results: Json, arm: str, baseline: str, y: str = "map50") -> Json:
+    """Area under an arm's curve of y against labels, and what it is above the baseline's, paired by seed.
+
+    Over the rounds that an arm's seed and the baseline's both have, so that a run under way compares alike.
+    """
     own, base = rounds_of(results, arm), rounds_of(results, baseline)
     means, gains = [], []
     for seed in sorted(own.keys() & base.keys()):
         common = min(len(own[seed]), len(base[seed]))
-        mine, other = area(own[seed][:common]), area(base[seed][:common])
+        mine, other = area(own[seed][:common], y=y), area(base[seed][:common], y=y)
         if mine is not None and other is not None:
             means.append(mine)
             gains.append(mine - other)
@@ -265,9 +266,7 @@ def _samples(results: Json, arrays: Callable[[str], EvaluationArrays]) -> dict[s
     return {key: bootstrap_map50([arrays(key)], SAMPLES)[:, 0] for key in keys}
 
 
-def differences(
-    results: Json, arm: str, baseline: str, samples: Mapping[str, Vector], y: str = "map50"
-) -> list[Json]:
+def differences(results: Json, arm: str, baseline: str, samples: Mapping[str, Vector], y: str = "map50") -> list[Json]:
     """Arm minus baseline in each round, seed by seed."""
     own, base = rounds_of(results, arm), rounds_of(results, baseline)
     points = []

@@ -37,7 +37,7 @@ Value = TypeVar("Value")
 
 # What a project's settings leave open. Of all others: the rules of the textbooks.
 BY_STRATEGY: Mapping[str, Reading] = MappingProxyType(
-    {"hybrid_k_center": Reading(0.1, "best_candidate", "open", class_weights=True)}  # by benchmarks/dividend
+    {"hybrid_k_center": Reading(0.1, "calibrated", "open", class_weights=True)}  # by benchmarks/dividend
 )
 
 
@@ -96,11 +96,14 @@ def weights_of_classes(
 
 
 def chances_missed(arrays: EvaluationArrays, settings: ProjectSettings) -> dict[str, float]:
-    """Measure -> how likely an image in which the detector sees nothing holds something, by the holdout.
+    """Measure -> how likely an image in which the detector sees nothing holds something, by the holdout; empty: there
+    is none.
 
     (images with an object + 1/2) / (images + 1), of those of the holdout without a box from the threshold on: the
     holdout is a random sample of the pool, which batches that were chosen are not.
     """
+    if not len(arrays.keys):
+        return {}
     highest = np.zeros(len(arrays.keys))
     np.maximum.at(highest, arrays.pred_img, arrays.conf)
     has_object = np.isin(np.arange(len(arrays.keys)), arrays.target_img)

@@ -56,20 +56,21 @@ READINGS: tuple[tuple[str, Mapping[str, Any]], ...] = (
         (
             measure,
             {
-                "uncertainty_threshold": 0.05,
-                "uncertainty_empty": "best_candidate",
+                "uncertainty_threshold": threshold,
+                "uncertainty_empty": empty,
                 "uncertainty_aggregate": aggregate,
                 "class_weights": weights,
             },
         )
-        for measure, aggregate, weights in (
-            ("least_confidence", "mean", False),
-            ("least_confidence", "mean", True),
-            ("least_confidence", "sum", True),
-            ("least_confidence", "open", True),
-            ("margin", "max", False),
-            ("entropy", "max", False),
-            ("entropy", "sum", True),
+        for measure, threshold, empty, aggregate, weights in (
+            ("least_confidence", 0.05, "best_candidate", "mean", False),
+            ("least_confidence", 0.05, "best_candidate", "mean", True),
+            ("least_confidence", 0.05, "best_candidate", "sum", True),
+            ("least_confidence", 0.1, "best_candidate", "open", True),
+            ("least_confidence", 0.1, "calibrated", "open", True),
+            ("margin", 0.05, "best_candidate", "max", False),
+            ("entropy", 0.05, "best_candidate", "max", False),
+            ("entropy", 0.05, "best_candidate", "sum", True),
         )
     ),
 )

@@ -28,6 +28,7 @@ def played(arm: str, seed: int, heights: list[float], rare: list[float]) -> dict
             "minutes": 10.0 + number,
             "map50": height,
             "rare_ap50": rare[number],
+            "ap50": {"dent": rare[number], "bolt": 2 * height - rare[number]},
             "evaluation": f"{arm}-{seed}-{number}",
             "batch": {"rare_images": 2 * number, "near_duplicates": ["a"] * seed},
         }
@@ -42,7 +43,14 @@ def results() -> dict[str, Any]:
         "arms": [
             {"label": name, "strategy": name, "draw": 1, "options": {}, "overrides": {}} for name in ("random", "x")
         ],
-        "data": {"rounds": 2, "data": "/home/me/pool/data.yaml", "base_weights": "/home/me/w.pt", "seeds": [0, 1]},
+        "data": {
+            "classes": ["bolt", "dent"],
+            "rare": ["dent"],
+            "rounds": 2,
+            "data": "/home/me/pool/data.yaml",
+            "base_weights": "/home/me/w.pt",
+            "seeds": [0, 1],
+        },
         "settings": {name: {"epochs": 9, "weights": "/home/me/w.pt"} for name in ("random", "x")},
         "versions": {"torch": "1"},
         "command": "hardfirst simulate --data=/home/me/pool/data.yaml --out /home/me/out --seeds=0,1",
@@ -64,11 +72,14 @@ def test_figures_by_hand(results: dict[str, Any]) -> None:
     assert row["map50"] == pytest.approx([0.2, 0.6, 0.8])
     # areas: random .4; x (.2 + .6) / 4 + (.6 + .7) / 4 = .525 and .575
     assert row["area_gain"] == pytest.approx(0.15)
+    assert row["rare"]["difference"] == pytest.approx(0.1)  # .175 and .225 above .1
+    assert row["common"]["difference"] == pytest.approx(0.2)  # twice .15, less .1
     assert row["area_low"] < 0.125 < 0.175 < row["area_high"]  # two seeds: t is 12.7
     assert row["share_to_final"] == pytest.approx(100 / 150)
     assert row["rare_ratio"] == pytest.approx(0.4 / 0.2)
     assert row["rare_images"] == 6  # 2 + 4 in each seed
     assert row["near_duplicates"] == 1  # none in seed 0, two in seed 1
+    assert row["minutes"] == 12
 
 
 def test_the_table_has_the_best_first(results: dict[str, Any]) -> None:
@@ -76,7 +87,7 @@ def test_the_table_has_the_best_first(results: dict[str, Any]) -> None:
     assert lines[0].startswith("| arm | seeds | 100 | 150 |")
     assert {line.count("|") for line in lines} == {lines[0].count("|")}
     assert lines[2].startswith("| x | 2 | 60.0 | 80.0 | +15.0 (")
-    assert lines[3].startswith("| random | 2 | 40.0 | 60.0 | – | 100% | 1.00 |")
+    assert lines[3].startswith("| random | 2 | 40.0 | 60.0 | – | – | – | 100% | 1.00 |")
 
 
 def test_the_front_page_has_budgets_and_rare_classes(results: dict[str, Any]) -> None:
@@ -128,6 +139,18 @@ def test_what_was_played_otherwise_is_not_mixed(results: dict[str, Any]) -> None
     other_data = {**first, "data": {**first["data"], "rounds": 3, "base_weights": "v.pt"}}
     with pytest.raises(BadRequest, match="played with other base_weights, rounds"):
         dividend.merged(first, other_data)
+    with pytest.raises(BadRequest, match=r"what is kept was played with {'torch': '1'}"):
+        dividend.merged(first, {**first, "versions": {"torch": "2"}})
+
+
+def test_a_training_that_came_out_otherwise_is_of_another_machine(results: dict[str, Any]) -> None:
+    first = dividend.without_paths(results)
+    assert dividend.merged(first, first)["runs"] == first["runs"]
+    elsewhere = json.loads(json.dumps(first))
+    elsewhere["runs"] = [played("y", 0, [0.21, 0.4, 0.6], [0.0, 0.1, 0.2])]
+    elsewhere["runs"][0]["rounds"][0]["evaluation"] = "random-0-0"  # round 0 is one for all arms of a seed
+    with pytest.raises(BadRequest, match="on another machine"):
+        dividend.merged(first, elsewhere)
 
 
 def test_the_figures_in_the_text_are_those_of_the_results() -> None:
