@@ -164,10 +164,14 @@ def test_the_figures_in_the_text_are_those_of_the_results() -> None:
     assert "<!-- table: dividend -->" in front
     (winner,) = (row for row in found["factory/winner"] if row["arm"] == dividend.DEFAULT)
     gain, low, high = (f"{100 * winner[name]:.1f}" for name in ("area_gain", "area_low", "area_high"))
+    rare, common = (f"{100 * winner[kind]['difference']:.1f}".replace("-0.0", "0.0") for kind in ("rare", "common"))
     told = " ".join(front.split())
+    assert "mean of six paired seeds" in told
     assert winner["seeds"] == 6
-    assert f"Over six paired seeds the default's curve lies {gain} points above random's" in told
-    assert f"(95 % interval: {low} to {high})" in told
+    assert f"The default's curve lies {gain} points above random's (95 % interval: {low} to {high})" in told
+    assert f"the rare classes gain {rare}, the others {common}." in told
+    (classic,) = (row for row in found["factory/leaders"] if row["arm"] == "hybrid")
+    assert f"lies {-100 * classic['area_gain']:.1f} points below random's on three seeds" in told
     assert dividend.with_tables(text, tables) == text, "run: scripts/py -m benchmarks.dividend --write"
     assert set(re.findall(r"<!-- table: (\S+) -->", text)) >= set(tables), "a table is nowhere in the text"
 
