@@ -571,7 +571,7 @@ def test_a_preview_chooses_under_other_settings_and_says_what_differs(
     assert found["classes"] == [{"name": HOSTILE, "now": 4, "previewed": 3, "rare": True}]
     assert found["settings"] == {
         "strategy": "least_confidence", "strategy_options": {}, "batch_size": 3, "class_weights": True,
-        "uncertainty_threshold": 0.1, "uncertainty_empty": "best_candidate", "uncertainty_aggregate": "open",
+        "uncertainty_threshold": 0.1, "uncertainty_empty": "calibrated", "uncertainty_aggregate": "open",
     }  # fmt: skip
     page = client.get(f"/projects/7/previews/{found['id']}").text
     assert "<img src=x" not in page

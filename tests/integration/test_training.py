@@ -32,8 +32,7 @@ def test_one_image_of_one_class_trains(stage: Any) -> None:
     report = json.loads(row.report)
     assert report["boxes_per_class"]["nut"] == 1
     assert sum(report["boxes_per_class"].values()) == 1
-    assert set(report["chances_missed"]) == {"least_confidence", "margin", "entropy"}
-    assert all(0 < chance < 1 for chance in report["chances_missed"].values())
+    assert report["chances_missed"] == {}  # nothing of the holdout is labelled
     assert json.loads(row.verdict)["verdict"] == "insufficient_evidence"
     assert project.remote()["model_version"] == "al-000001"
 
@@ -71,7 +70,10 @@ def test_a_class_nobody_drew_is_trained_around_and_the_holdout_measured(stage: A
     assert (row.labels, row.holdout_labels) == (4, 2)
     assert row.map50 == pytest.approx(0.0, abs=1e-3)  # one epoch from nothing
     assert set(json.loads(row.per_class)) == {"nut"}
-    assert json.loads(row.report)["boxes_per_class"]["surface_pit"] == 0
+    report = json.loads(row.report)
+    assert report["boxes_per_class"]["surface_pit"] == 0
+    assert set(report["chances_missed"]) == {"least_confidence", "margin", "entropy"}
+    assert set(report["chances_missed"].values()) <= {0.5, 0.75, 0.8333}  # of 0, 1 or 2 images, both with a nut
     assert row.minutes == pytest.approx(6 * 6.0 / 60)
 
 
