@@ -168,18 +168,14 @@ def image_uncertainty(
     confidence = rows.max(axis=1) if len(rows) else np.zeros(0)
     if (confidence >= lowest).any():
         return aggregate(_box_values(rows[confidence >= lowest], chosen, weights), method, n)
-    if policy == "calibrated" and chance_missed is not None:
-        chance = float(as_vector([chance_missed], "chance_missed", 1, 0.0, 1.0)[0])
-        return chance * aggregate([1.0], method, n)
-    return aggregate(_value_without_boxes(rows, confidence, chosen, policy, weights), method, n)
+    chance = {"uncertain": 1.0, "certain": 0.0, "calibrated": chance_missed}.get(policy)
+    if chance is None:
+        return aggregate(_best_candidate(rows, confidence, chosen, weights), method, n)
+    return float(as_vector([chance], "chance_missed", 1, 0.0, 1.0)[0]) * aggregate([1.0], method, n)
 
 
-def _value_without_boxes(
-    rows: Matrix, confidence: Vector, measure: Measure, policy: str, weights: Vector | None
-) -> Vector:
-    """(1,) what stands for the boxes of an image that has none."""
-    if policy in ("uncertain", "certain"):
-        return np.array([1.0 if policy == "uncertain" else 0.0])
+def _best_candidate(rows: Matrix, confidence: Vector, measure: Measure, weights: Vector | None) -> Vector:
+    """(1,) of the most confident of an image's candidates."""
     if not len(rows):
         return np.array([0.0 if measure.background else 1.0])
     return _box_values(rows[[int(confidence.argmax())]], measure, weights)

@@ -164,8 +164,9 @@ def choose(
         barred: task ids that are never trained on.
     """
     in_holdout = np.array([held.get(int(task_id)) is True for task_id in scored.task_ids], dtype=bool)
-    pool = scored.rows(~is_labelled & ~np.isin(scored.task_ids, list(barred)))
-    is_trained = is_labelled & ~in_holdout & ~np.isin(scored.task_ids, list(barred))
+    is_barred = np.isin(scored.task_ids, list(barred))
+    pool = scored.rows(~is_labelled & ~is_barred)
+    is_trained = is_labelled & ~in_holdout & ~is_barred
     known = scored.rows(is_trained)
     untrained = scored.rows((is_labelled | in_holdout) & ~is_trained)
     left = [int(task_id) for task_id in scored.task_ids[in_holdout & ~is_labelled]]

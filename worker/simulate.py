@@ -496,7 +496,6 @@ class Choice:
                 for one in (self.training, *self.members)
             ]
             weights = weights_of_classes(settings, detectors[0].names, self._boxes_per_class())
-            self.training.evaluation()
             chances = chances_missed(self.bench.arrays(self.training.evaluation_key), settings)
             streams = [
                 detector.score_each(

@@ -181,7 +181,9 @@ def compare(results: Json, arrays: Callable[[str], EvaluationArrays] | None) -> 
         "curves": {label: {x: curve(results, label, x) for x in ("labels", "boxes", "minutes")} for label in labels},
         "rare_curves": {label: curve(results, label, "labels", "rare_ap50") for label in labels},
         "areas": {label: area_gain(results, label, baseline) for label in labels},
-        "differences": {label: differences(results, label, baseline, samples) for label in labels if label != baseline},
+        "differences": {
+            label: differences(results, label, baseline, samples) for label in labels if label != baseline
+        },
         "rare_differences": {
             label: differences(results, label, baseline, {}, "rare_ap50") for label in labels if label != baseline
         },
@@ -266,7 +268,9 @@ def _samples(results: Json, arrays: Callable[[str], EvaluationArrays]) -> dict[s
     return {key: bootstrap_map50([arrays(key)], SAMPLES)[:, 0] for key in keys}
 
 
-def differences(results: Json, arm: str, baseline: str, samples: Mapping[str, Vector], y: str = "map50") -> list[Json]:
+def differences(
+    results: Json, arm: str, baseline: str, samples: Mapping[str, Vector], y: str = "map50"
+) -> list[Json]:
     """Arm minus baseline in each round, seed by seed."""
     own, base = rounds_of(results, arm), rounds_of(results, baseline)
     points = []
