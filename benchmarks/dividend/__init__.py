@@ -172,10 +172,17 @@ def merged(old: Json, new: Json) -> Json:
         if place not in runs or len(run["rounds"]) >= len(runs[place]["rounds"]):
             runs[place] = run
     measured: dict[str, float] = {}
-    for one in (one for run in runs.values() for one in run["rounds"]):
-        if measured.setdefault(one["evaluation"], one["map50"]) != one["map50"]:
-            raise BadRequest("the same training was measured otherwise before: on another machine? Pair arms on one")
-    arms = {arm["label"]: arm for arm in (*old["arms"], *new["arms"])}
+    for run in runs.values():
+        for one in run["rounds"]:
+            if measured.setdefault(one["evaluation"], one["map50"]) != one["map50"]:
+                raise BadRequest(
+                    "the same training was measured otherwise before: on another machine? Pair arms on one"
+                )
+    arms = {arm["label"]: arm for arm in old["arms"]}
+    for arm in new["arms"]:
+        # what an arm does not say is a default, which may have changed since
+        if arms.setdefault(arm["label"], arm)["played"] != arm["played"]:
+            raise BadRequest(f"arm {arm['label']} meant something else when it was played: name what differs")
     return {
         "versions": new["versions"],
         "data": {**new["data"], "seeds": sorted({seed for _, seed in runs})},
@@ -245,7 +252,7 @@ def figures(results: Json) -> list[Json]:
     rare classes and the others alone, labels to random's last mAP50 as a share of random's, rare AP50 over random's at
     the last budget, what the batches held, and an annotator's minutes for all labels."""
     comparison = results["comparison"]
-    parted = _by_kind_of_class(results)
+    parted = _with_common_classes(results)
     base = comparison["baseline"]
     rare_base = _heights(comparison["rare_curves"][base])
     rows = []
@@ -266,7 +273,7 @@ def figures(results: Json) -> list[Json]:
                 "area_gain": None if is_base else area["difference"],
                 "area_low": None if is_base else area["low"],
                 "area_high": None if is_base else area["high"],
-                **{kind: None if is_base else area_gain(parted, label, base, kind) for kind in KINDS},
+                **{kind: None if is_base else area_gain(parted, label, base, f"{kind}_ap50") for kind in KINDS},
                 "share_to_final": 1.0 if is_base else saved["share_to_final"],
                 "rare_ap50": rare,
                 "rare_ratio": rare[-1] / rare_base[-1] if rare and rare_base and rare_base[-1] else None,
@@ -278,18 +285,11 @@ def figures(results: Json) -> list[Json]:
     return rows
 
 
-def _by_kind_of_class(results: Json) -> Json:
-    """The results with AP50 of the rare classes and of the others in each round."""
-    rare = results["data"]["rare"]
-    kinds = {"rare": rare, "common": [name for name in results["data"]["classes"] if name not in rare]}
+def _with_common_classes(results: Json) -> Json:
+    """The results with AP50 of the classes that are not rare in each round, beside that of the rare ones."""
+    common = [name for name in results["data"]["classes"] if name not in results["data"]["rare"]]
     runs = [
-        {
-            **run,
-            "rounds": [
-                {**one, **{kind: mean_ap50(one["ap50"], names) for kind, names in kinds.items()}}
-                for one in run["rounds"]
-            ],
-        }
+        {**run, "rounds": [{**one, "common_ap50": mean_ap50(one["ap50"], common)} for one in run["rounds"]]}
         for run in results["runs"]
     ]
     return {**results, "runs": runs}

@@ -41,7 +41,8 @@ def played(arm: str, seed: int, heights: list[float], rare: list[float]) -> dict
 def results() -> dict[str, Any]:
     found: dict[str, Any] = {
         "arms": [
-            {"label": name, "strategy": name, "draw": 1, "options": {}, "overrides": {}} for name in ("random", "x")
+            {"label": name, "strategy": name, "draw": 1, "options": {}, "overrides": {}, "played": {"alpha": 1}}
+            for name in ("random", "x")
         ],
         "data": {
             "classes": ["bolt", "dent"],
@@ -139,6 +140,9 @@ def test_what_was_played_otherwise_is_not_mixed(results: dict[str, Any]) -> None
     other_data = {**first, "data": {**first["data"], "rounds": 3, "base_weights": "v.pt"}}
     with pytest.raises(BadRequest, match="played with other base_weights, rounds"):
         dividend.merged(first, other_data)
+    other_default = [first["arms"][0], {**first["arms"][1], "played": {"alpha": 0.25}}]
+    with pytest.raises(BadRequest, match="arm x meant something else when it was played"):
+        dividend.merged(first, {**first, "arms": other_default})
     with pytest.raises(BadRequest, match=r"what is kept was played with {'torch': '1'}"):
         dividend.merged(first, {**first, "versions": {"torch": "2"}})
 
