@@ -91,7 +91,7 @@ EVENT_WORDS = {
     "TASKS_CREATED": "tasks imported",
     "TASKS_DELETED": "tasks deleted",
     "settings": "settings changed",
-    "refused": "label config refused",
+    "refused": "settings or label config refused",
     "more holdout": "more holdout images asked for",
     "holdout measured again": "all rounds measured again",
 }

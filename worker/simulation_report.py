@@ -17,7 +17,7 @@ from PIL import Image, ImageDraw
 from worker.boxes import yolo_to_xyxy
 from worker.images import decode_image
 from worker.simulate import Bench, Step, write_bytes, write_json
-from worker.simulation_results import Json, collect, compare, other_draws, rounds_of
+from worker.simulation_results import Json, collect, compare, rounds_of
 from worker.simulation_world import Oracle
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 PALETTE = ("#0b6fa4", "#d1495b", "#2e8b57", "#b8860b", "#7b4fa3", "#008b8b", "#c2571a", "#5f6b7a", "#a0307a", "#556b2f")
 BASELINE = "#222222"
-NOISE = "#9aa0a6"  # the baseline's other draw
+NOISE = ("#9aa0a6", "#c0a98f", "#8fa9c0")  # the baseline's other draws
 DPI = 130
 CONTACT_COLUMNS, CONTACT_IMAGES, CONTACT_SIDE = 8, 24, 150  # pixels
 BOX_COLOURS = ("#ffd400", "#00e5ff", "#ff4d94", "#7cff4d", "#ff8a1f", "#b388ff", "#ffffff", "#4d7cff")
@@ -85,7 +85,7 @@ def headline(results: Json) -> list[str]:
     comparison, said = results["comparison"], []
     base = comparison["baseline"]
     areas = {label: found for label, found in comparison["areas"].items() if found["n"] and label != base}
-    noise = {label: areas[label] for label in other_draws(results["arms"], base) if label in areas}
+    noise = {label: areas[label] for label in comparison["noise_arms"] if label in areas}
     real = {label: found for label, found in areas.items() if label not in noise}
     if not real:
         return ["There is no arm yet that can be compared."]
@@ -196,8 +196,7 @@ def _as_jpeg(content: bytes) -> bytes:
 def colours(results: Json) -> dict[str, str]:
     comparison = results["comparison"]
     fixed = {comparison["baseline"]: BASELINE}
-    if comparison["noise_arm"]:
-        fixed[comparison["noise_arm"]] = NOISE
+    fixed |= {label: NOISE[place % len(NOISE)] for place, label in enumerate(comparison["noise_arms"])}
     others = [arm["label"] for arm in results["arms"] if arm["label"] not in fixed]
     return fixed | {label: PALETTE[place % len(PALETTE)] for place, label in enumerate(others)}
 
@@ -262,7 +261,8 @@ def _draw_curves(results: Json) -> Figure:
 def _line(ax: Axes, points: Sequence[Json], label: str, colour: str, results: Json) -> None:
     if not points:
         return
-    is_base = label in (results["comparison"]["baseline"], results["comparison"]["noise_arm"])
+    comparison = results["comparison"]
+    is_base = label == comparison["baseline"] or label in comparison["noise_arms"]
     xs, means = [point["x"] for point in points], [point["mean"] for point in points]
     ax.plot(
         xs, means, color=colour, marker="o", markersize=4, linewidth=1.8, linestyle="--" if is_base else "-",
@@ -286,7 +286,7 @@ def _draw_differences(results: Json) -> Figure:
         means = np.array([point["mean"] for point in points]) * 100
         for edge, line in (("holdout_", 1.0), ("", 4.0)):
             _bars(ax, xs, points, edge, colour, line)
-        marker = "D" if label == comparison["noise_arm"] else "o"
+        marker = "D" if label in comparison["noise_arms"] else "o"
         ax.plot(xs, means, marker, color=colour, markersize=6, label=_plain(label))
     ax.axhline(0, color=BASELINE, linewidth=1.2, linestyle="--")
     bottom, top = ax.get_ylim()

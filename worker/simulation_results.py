@@ -177,7 +177,7 @@ def compare(results: Json, arrays: Callable[[str], EvaluationArrays] | None) -> 
     samples = {} if arrays is None else _samples(results, arrays)
     return {
         "baseline": baseline,
-        "noise_arm": noise_arm(results["arms"], baseline),
+        "noise_arms": other_draws(results["arms"], baseline),
         "curves": {label: {x: curve(results, label, x) for x in ("labels", "boxes", "minutes")} for label in labels},
         "rare_curves": {label: curve(results, label, "labels", "rare_ap50") for label in labels},
         "areas": {label: area_gain(results, label, baseline) for label in labels},
@@ -191,12 +191,8 @@ def compare(results: Json, arrays: Callable[[str], EvaluationArrays] | None) -> 
     }
 
 
-def noise_arm(arms: Sequence[Json], baseline: str) -> str | None:
-    """Another draw of the baseline: what differs between the two is noise."""
-    return next(iter(other_draws(arms, baseline)), None)
-
-
 def other_draws(arms: Sequence[Json], baseline: str) -> list[str]:
+    """Labels of the baseline's other draws: what differs between it and them is noise."""
     first = next(arm for arm in arms if arm["label"] == baseline)
     same = ("strategy", "options", "overrides")
     twins = (arm for arm in arms if arm["draw"] != first["draw"] and all(arm[key] == first[key] for key in same))

@@ -21,6 +21,8 @@ function grouped(number) {
   return String(number).replace(/\B(?=(\d{3})+$)/g, "\u2009");
 }
 
+const ofProject = (path) => `/api/projects/${heading.dataset.project}${path}`;
+
 // With the origin: nothing can be fetched relative to an address that holds user:password@. What changes something is
 // waited for as long as it takes.
 const ask = (path, options = {}) =>
@@ -30,12 +32,20 @@ const readJson = (response) => response.json().catch(() => ({})); // a proxy's a
 
 const refusal = (response, body) => body.detail || `the backend answered HTTP ${response.status}`;
 
-async function fetchJson(path, options) {
-  const response = await ask(root + path, options);
+async function answer(response) {
   const body = await readJson(response);
   if (!response.ok) throw new Error(refusal(response, body));
   return body;
 }
+
+const fetchJson = async (path) => answer(await ask(root + path));
+
+const send = (method, path, body) =>
+  ask(root + path, {
+    method,
+    headers: body === undefined ? {} : { "Content-Type": "application/json" },
+    body: body === undefined ? undefined : JSON.stringify(body),
+  });
 
 // A page, or a part of one.
 async function fetchPage(address) {
@@ -67,6 +77,17 @@ function showBanners(sentences) {
   const holder = byId("banners");
   const same = holder.textContent.replace(/\s+/g, "") === banners.map((one) => one.textContent).join("").replace(/\s+/g, "");
   if (!same) holder.replaceChildren(...banners);
+  announceBanners();
+}
+
+const bannerWords = () => [...byId("banners").children].map((one) => one.textContent.trim()).join(" ");
+let wordsRead = byId("banners") ? bannerWords() : ""; // what the page came with is read with it
+
+// A status region of its own: one that is replaced with its section is not read out.
+function announceBanners() {
+  if (!byId("banners") || bannerWords() === wordsRead) return;
+  wordsRead = bannerWords();
+  setText("banners-announce", wordsRead);
 }
 
 // --- fetching the page again -----------------------------------------------------------------------------------------
@@ -86,6 +107,7 @@ async function refresh() {
     if (old && !old.dataset.touched && differs(old, section)) exchange(old, section);
   }
   replaceTasks(fresh);
+  announceBanners();
   if (byId("batch-about")?.textContent !== batchBefore) showSelection();
   window.drawCharts?.(); // curve.js: the overview has no charts
 }
@@ -233,7 +255,7 @@ let latest = 0; // of those that were answered
 
 async function askStatus() {
   const turn = ++questions;
-  const status = await fetchJson(`/api/projects/${heading.dataset.project}/status`);
+  const status = await fetchJson(ofProject("/status"));
   if (turn < latest) return status; // what was asked later was answered sooner, and is shown
   latest = turn;
   showStatus(status);
@@ -260,7 +282,7 @@ async function poll() {
 async function showSelection() {
   const list = byId("selection-notes");
   if (!list || !byId("batch").children.length) return;
-  const selection = await fetchJson(`/api/projects/${heading.dataset.project}/selection`).catch(() => null);
+  const selection = await fetchJson(ofProject("/selection")).catch(() => null);
   if (!selection) return list.replaceChildren(); // its manifest may be gone; what is there was another batch's
   const options = Object.entries(selection.options).map(([name, value]) => `${name} ${value}`).join(", ");
   const sentences = [`Strategy: ${selection.strategy}${options ? ` (${options})` : ""}.`, ...selection.notes];
@@ -269,12 +291,7 @@ async function showSelection() {
 
 // --- buttons ---------------------------------------------------------------------------------------------------------
 
-const post = (path, body) =>
-  fetchJson(`/api/projects/${heading.dataset.project}${path}`, {
-    method: "POST",
-    headers: body === undefined ? {} : { "Content-Type": "application/json" },
-    body: body === undefined ? undefined : JSON.stringify(body),
-  });
+const post = async (path, body) => answer(await send("POST", ofProject(path), body));
 
 const ACTS = {
   start: () => post("/rounds"),

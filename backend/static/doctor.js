@@ -36,14 +36,7 @@
     }
   }
 
-  async function start(path, body) {
-    const response = await ask(section().dataset.api + path, {
-      method: "POST",
-      headers: body ? { "Content-Type": "application/json" } : {},
-      body: body && JSON.stringify(body),
-    });
-    if (!response.ok) throw new Error(refusal(response, await readJson(response)));
-  }
+  const start = async (path, body) => answer(await send("POST", section().dataset.api + path, body));
 
   document.addEventListener("click", async (event) => {
     const button = event.target.closest("button[data-doctor]");

@@ -4,21 +4,12 @@
 
 const WORK_MS = 5000;
 
-const send = (method, path, body) =>
-  ask(root + path, {
-    method,
-    headers: body === undefined ? {} : { "Content-Type": "application/json" },
-    body: body === undefined ? undefined : JSON.stringify(body),
-  });
-
-const ofProject = (path) => `/api/projects/${heading.dataset.project}${path}`;
-
 Object.assign(ACTS, {
   pause: () => post("/pause", { paused: true }),
   resume: () => post("/pause", { paused: false }),
   "retry-round": () => post("/rounds/retry"),
   "retry-purges": () => post("/purges/retry"),
-  "retry-job": (button) => fetchJson(`/api/jobs/${encodeURIComponent(button.dataset.job)}/retry`, { method: "POST" }),
+  "retry-job": async (button) => answer(await send("POST", `/api/jobs/${encodeURIComponent(button.dataset.job)}/retry`)),
 });
 
 const PREVIEW_MS = 700;

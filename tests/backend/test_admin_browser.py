@@ -291,7 +291,10 @@ def test_a_phone_scrolls_in_one_direction(page: Any, site: Site, path: str) -> N
 
 def test_it_says_that_the_backend_is_gone(page: Any, site: Site) -> None:
     page.goto(f"{site.url}/projects/7")
+    announced = page.locator("#banners-announce")
+    playwright_api.expect(announced).to_have_text("")
     site.server.should_exit = True
     playwright_api.expect(page.locator(".banner.bad")).to_contain_text("The backend does not answer")
+    playwright_api.expect(announced).to_contain_text("The backend does not answer")  # a screen reader says it
     # refused, or reset: by a backend that ended between taking a connection and reading from it
     site.complaints[:] = [said for said in site.complaints if "net::ERR_" not in said]

@@ -23,7 +23,7 @@ from worker.simulation_results import (
     labels_needed,
     labels_saved,
     mean_interval,
-    noise_arm,
+    other_draws,
 )
 from worker.uncertainty import BY_STRATEGY
 
@@ -147,8 +147,8 @@ def test_what_an_arm_leaves_to_defaults_is_written_down() -> None:
 
 def test_another_draw_of_random_is_the_noise() -> None:
     arms = [arm("random"), arm("hybrid", 2), arm("random@2", 2), arm("random@3", 3, suppress_duplicates=True)]
-    assert noise_arm(arms, "random") == "random@2"
-    assert noise_arm(arms[:2], "random") is None
+    assert other_draws(arms, "random") == ["random@2"]
+    assert other_draws(arms[:2], "random") == []
 
 
 def nothing_seen(_key: str) -> EvaluationArrays:
@@ -168,7 +168,7 @@ def played() -> dict[str, Any]:
 
 def test_the_comparison_finds_its_baseline_and_its_noise() -> None:
     comparison = played()["comparison"]
-    assert (comparison["baseline"], comparison["noise_arm"]) == ("random", "random@2")
+    assert (comparison["baseline"], comparison["noise_arms"]) == ("random", ["random@2"])
     assert comparison["areas"]["hybrid"]["difference"] == pytest.approx((0.065 + 0.115) / 2)
     assert comparison["areas"]["random@2"]["difference"] == pytest.approx(0.005)
 
@@ -205,6 +205,7 @@ def test_draws_that_differ_in_both_directions_are_not_called_quiet() -> None:
     # on single seeds +7.5 and -7.5, +15 and 0 points
     assert "differs from it by +15.0 points over the curve at most and by 9.2 typically, on one seed" in said
     assert "Over the whole curve hybrid lies" in said  # no draw of random is the best of two arms
+    assert render(found, draw(found), {}).count("(A/A: this is noise)") == len(draws)
 
 
 def test_batches_are_told_one_by_one() -> None:
