@@ -299,13 +299,21 @@ def all_tables(found: Mapping[str, Sequence[Json]]) -> dict[str, list[str]]:
     """Name -> lines of each table: pool/stage of the comparisons, pool/diagnosis/part of the diagnoses."""
     tables = {name: table(rows) for name, rows in found.items()}
     for pool in POOLS:
-        file = HERE / pool / "diagnosis.json"
-        if file.exists():
-            rounds = json.loads(file.read_text(encoding="utf-8"))
-            for part in next(iter(rounds.values())):
-                name = f"{pool}/diagnosis/{part}"
-                tables[name] = markdown(side_by_side({labels: parts[part] for labels, parts in rounds.items()}))
+        for part, rounds in _diagnoses(HERE / pool):
+            tables[f"{pool}/diagnosis/{part}"] = markdown(side_by_side(rounds))
     return tables
+
+
+def _diagnoses(folder: Path) -> Iterator[tuple[str, dict[str, list[Json]]]]:
+    """(part, number of labels -> its rows), of what the modules diagnosis and labelled kept there."""
+    file = folder / "diagnosis.json"
+    if file.exists():
+        rounds = json.loads(file.read_text(encoding="utf-8"))
+        for part in next(iter(rounds.values())):
+            yield part, {labels: parts[part] for labels, parts in rounds.items()}
+    file = folder / "labelled.json"
+    if file.exists():
+        yield "labelled", json.loads(file.read_text(encoding="utf-8"))
 
 
 def side_by_side(rounds: Mapping[str, Sequence[Json]]) -> list[Json]:
