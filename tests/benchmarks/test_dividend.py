@@ -160,7 +160,8 @@ def test_a_training_that_came_out_otherwise_is_of_another_machine(results: dict[
 def test_the_figures_in_the_text_are_those_of_the_results() -> None:
     text = (ROOT / "benchmarks" / "dividend" / "README.md").read_text(encoding="utf-8")
     assert list(dividend.kept())
-    found = {f"{pool}/{stage}": dividend.figures(results) for pool, stage, results in dividend.views()}
+    views = {f"{pool}/{stage}": results for pool, stage, results in dividend.views()}
+    found = {name: dividend.figures(results) for name, results in views.items()}
     tables = dividend.all_tables(found)
     front = dividend.FRONT_PAGE.read_text(encoding="utf-8")
     short = {"dividend": dividend.short_table(found[dividend.FRONT])}
@@ -176,6 +177,21 @@ def test_the_figures_in_the_text_are_those_of_the_results() -> None:
     assert f"the rare classes gain {rare}, the others {common}." in told
     (classic,) = (row for row in found["factory/leaders"] if row["arm"] == "hybrid")
     assert f"lies {-100 * classic['area_gain']:.1f} points below random's on three seeds" in told
+    (photographs,) = (row for row in found["foda/winner"] if row["arm"] == dividend.DEFAULT)
+    gain, low, high = (f"{100 * photographs[name]:.1f}" for name in ("area_gain", "area_low", "area_high"))
+    assert f"the default's curve lies {gain} points above random's ({low} to {high}): nothing is shown." in told
+    words = " ".join(text.split())
+    assert f"{gain} points ({low} to {high}), ahead up to 350 labels" in words
+    (promised,) = (row for row in found["foda/leaders"] if row["arm"] == dividend.DEFAULT)
+    assert f"had promised {100 * promised['area_gain']:.1f}: random" in words
+    unlucky, others = (
+        next(row["map50"][-1] for row in found[f"foda/{stage}"] if row["arm"] == "random")
+        for stage in ("leaders", "winner")
+    )
+    assert f"({100 * unlucky:.1f} at 450 labels; {100 * others:.1f} on the six others)" in words
+    last = views["foda/winner"]["comparison"]["differences"][dividend.DEFAULT][-1]
+    behind, below, above = (f"{100 * value:.1f}" for value in (-last["mean"], last["low"], last["high"]))
+    assert f"{behind} behind at 450 ({below} to {above})" in words
     assert dividend.with_tables(text, tables) == text, "run: scripts/py -m benchmarks.dividend --write"
     assert set(re.findall(r"<!-- table: (\S+) -->", text)) >= set(tables), "a table is nowhere in the text"
 
