@@ -60,7 +60,8 @@ from worker.training import TrainProgress, TrainRequest, train
 from worker.uncertainty import chances_missed, lowest_candidate, measures_of, reading_of, weights_of_classes
 from worker.work import MEASURES
 
-FORMAT = 1  # of the files in the cache: raise it when a step means something else
+FORMAT = 2  # of the files in the cache: raise it when a step means something else
+TRAINS, LOOKS, CHOOSES = ("ultralytics", "torch"), ("openvino",), ("numpy", "scikit-learn")  # packages
 SEED_SETS = ("random", "diverse")
 SEED_PROJECT = 0  # in place of a project's id in the random numbers of the seed set; arms have their `draw`
 
@@ -249,7 +250,8 @@ class Bench:
     def _diverse_seed_set(self, seed: int) -> dict[str, Any]:
         settings = self._seed_settings(seed)
         base, fingerprint = self.base_weights(settings)
-        key = _key("seed", fingerprint, self.world.pool_fingerprint, settings.imgsz, self.plan.seed_size, seed)
+        chosen = (self.world.pool_fingerprint, settings.imgsz, self.plan.seed_size, seed)
+        key = _key("seed", fingerprint, *chosen, _versions(*TRAINS, *CHOOSES), self.plan.device)
         file = self.cache / "seed" / f"{key}.json"
         if (found := read_json(file)) is None:
             embeddings = self._base_embeddings(base, settings)
@@ -293,8 +295,8 @@ class Training:
         chosen = {name: getattr(self.settings, name) for name in (*names, "freeze", "seed")}
         chosen["mixup"] = self.settings.mixup_in(self.number)
         images = [picture.fingerprint for picture in self.labelled]
-        versions = [version("ultralytics"), version("torch")]
-        return _key("train", start, chosen, self.bench.world.names, images, versions)
+        made_by = [*_versions(*TRAINS), self.bench.plan.device]
+        return _key("train", start, chosen, self.bench.world.names, images, made_by)
 
     @property
     def weights_file(self) -> Path:
@@ -358,7 +360,8 @@ class Training:
 
     @property
     def evaluation_key(self) -> str:
-        return _key("evaluation", self.key, self.bench.world.holdout_fingerprint, self.settings.imgsz)
+        seen = (self.bench.world.holdout_fingerprint, self.settings.imgsz)
+        return _key("evaluation", self.key, *seen, _versions(*LOOKS))
 
     @property
     def arrays_file(self) -> Path:
@@ -424,7 +427,7 @@ class Choice:
         reading = reading_of(settings, boxes_per_class, self.training.evaluation_key)
         members = [member.key for member in self.members]
         seen = (settings.imgsz, settings.confidence, self.bench.world.pool_fingerprint)
-        return _key("scores", self.training.key, members, reading, *seen)
+        return _key("scores", self.training.key, members, reading, *seen, _versions(*LOOKS))
 
     def _file(self) -> Path:
         """Where the batch is kept; the name needs the training to be done only where class weights are used."""
@@ -433,7 +436,8 @@ class Choice:
         scores = self._scores_key(self._boxes_per_class()) if self._needs_scores else self.training.key
         chosen = (settings.batch_size, settings.seed, settings.near_duplicate_threshold)
         place = (self.arm.draw, self.training.number, self.bench.world.pool_fingerprint)
-        return self.bench.cache / "batch" / f"{_key('batch', scores, self.arm.strategy, options, chosen, place)}.json"
+        key = _key("batch", scores, self.arm.strategy, options, chosen, place, _versions(*CHOOSES))
+        return self.bench.cache / "batch" / f"{key}.json"
 
     def _boxes_per_class(self) -> Mapping[str, int]:
         """Labelled boxes that the model was trained on."""
@@ -543,6 +547,11 @@ def _opened(pictures: Sequence[Picture]) -> Iterator[Any]:
 
 
 # --- files ----------------------------------------------------------------------------------------------------------
+
+
+def _versions(*packages: str) -> list[str]:
+    """What another version of may compute otherwise is computed anew: no curve is of two versions."""
+    return [version(name) for name in packages]
 
 
 def _key(kind: str, *parts: Any) -> str:

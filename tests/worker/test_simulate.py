@@ -21,6 +21,7 @@ import yaml
 from PIL import Image
 
 from demo.factory import write_dataset
+from worker import simulate
 from worker.arms import parse_arms
 from worker.dataset import TaskTruth
 from worker.detector import sha256_of
@@ -402,6 +403,32 @@ def test_seed_sets_differ_by_seed_and_not_by_arm(dataset: Path, tmp_path: Path) 
     keys = {bench.round_0_key(arm.label, 0) for arm in bench.plan.arms}
     assert len(keys) == 1
     assert bench.round_0_key("random", 1) not in keys
+
+
+@pytest.mark.parametrize(
+    ("package", "is_trained_anew", "is_measured_anew"),
+    [("torch", True, True), ("ultralytics", True, True), ("openvino", False, True), ("scikit-learn", False, False)],
+)
+def test_what_another_version_may_compute_otherwise_is_computed_anew(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str, is_trained_anew: bool,
+    is_measured_anew: bool,
+) -> None:  # fmt: skip
+    bench = Bench(plan_of(dataset, tmp_path, "k_center"))
+
+    def names() -> tuple[str, str, Path]:
+        found = bench.at(Step("k_center", 0, 0))
+        assert found is not None
+        training, choice, _ = found
+        return training.key, training.evaluation_key, choice._file()
+
+    before = names()
+    assert names() == before
+    installed = simulate.version
+    monkeypatch.setattr(simulate, "version", lambda name: "99" if name == package else installed(name))
+    trained, measured, chosen = names()
+    assert (trained != before[0]) == is_trained_anew
+    assert (measured != before[1]) == is_measured_anew
+    assert chosen != before[2]
 
 
 def test_arms_that_share_round_0_wait_for_one_of_them(dataset: Path, tmp_path: Path) -> None:
