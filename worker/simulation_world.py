@@ -22,7 +22,7 @@ from worker.dataset import MIN_BOX, MIN_SIDE, TaskTruth
 from worker.descriptor import describe
 from worker.errors import BadRequest, ImageUnusable
 from worker.images import decode_image
-from worker.yolo_data import TrueImage, read_dataset
+from worker.yolo_data import TrueImage, label_path, read_dataset
 
 LOOK_ALIKE = 0.99  # cosine of descriptors above which the report calls two images near-duplicates
 
@@ -147,6 +147,7 @@ def read_world(data_yaml: Path, cache: Path, progress: Progress | None = None) -
             for name in names
         )
 
+    _check_boxes(data_yaml, [holdout[name] for name in kept_holdout])
     notes = []
     if broken:
         notes.append(f"{len(broken)} images cannot be used: {broken[0]}: {looks[broken[0]].problem}")
@@ -162,6 +163,16 @@ def read_world(data_yaml: Path, cache: Path, progress: Progress | None = None) -
         notes=tuple(notes),
         holdout_alike=_count_alike(descriptors, against),
     )
+
+
+def _check_boxes(data_yaml: Path, holdout: Sequence[TrueImage]) -> None:
+    """Before hours of training on what cannot be measured: most often the labels are not where they are looked for."""
+    if not any(image.boxes for image in holdout):
+        expected = label_path(holdout[0].path)
+        raise BadRequest(
+            f"{data_yaml}: no image of `val` has a box, so nothing can be measured. Labels of {holdout[0].path.name} "
+            f"are looked for in {expected}, which {'has none' if expected.is_file() else 'is not there'}."
+        )
 
 
 def _count_alike(rows: NDArray[np.float32], others: NDArray[np.float32]) -> int:

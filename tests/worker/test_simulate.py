@@ -359,6 +359,13 @@ def test_a_dataset_without_val_is_refused(tmp_path: Path) -> None:
         world_of(tmp_path, "ab", "")
 
 
+def test_a_holdout_without_a_box_is_refused_with_where_its_labels_are_looked_for(tmp_path: Path) -> None:
+    data = pictures(tmp_path, {"train": ["a"], "val": ["b"]}, {"a": 1, "b": 2})
+    (tmp_path / "labels" / "b.txt").unlink()
+    with pytest.raises(BadRequest, match=r"no image of `val` has a box.*labels/b\.txt, which is not there"):
+        read_world(data, tmp_path / "cache")
+
+
 def test_a_broken_image_is_left_out_and_told(tmp_path: Path) -> None:
     data = pictures(tmp_path, {"train": ["a", "b"], "val": ["c"]}, {"a": 1, "b": 2, "c": 3})
     (tmp_path / "images" / "b.png").write_bytes(b"no image")
