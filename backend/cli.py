@@ -193,7 +193,8 @@ def score(
     ] = None,
     k: Annotated[int, typer.Option(min=1, max=100_000, help="Images to choose.")] = 200,
     strategy: Annotated[
-        str | None, typer.Option(help="How they are chosen. Default: hybrid_k_center; no weights: coverage.")
+        str | None,
+        typer.Option(help="How they are chosen, as hybrid:alpha=0.5. Default: hybrid_k_center; no weights: coverage."),
     ] = None,
     option: Annotated[
         list[str] | None,

@@ -119,14 +119,17 @@ _ABOUT = {
 
 def _next(ranking: Ranking) -> Iterator[str]:
     request, count = ranking.request, len(ranking.top)
-    if request.with_random:
+    if ranking.at_random:
         yield (
             f"Next: label the {count} of top.txt and the {len(ranking.at_random)} of random.txt, train once with each "
             "added to what you have, and compare mAP on images that are in neither."
         )
+    elif request.with_random:
+        yield f"Next: label these {count}, retrain."
     else:
         yield f"Next: label these {count}, retrain, compare. --with-random adds as many random ones to compare with."
-    if request.image_url_prefix is None and request.local_files_root is None and "://" not in request.sources[0]:
+    is_local = any("://" not in image.path for image in ranking.images)
+    if request.image_url_prefix is None and request.local_files_root is None and is_local:
         yield (
             "Before you import label_studio.json, say how Label Studio finds the images: run this again with "
             "--image-url-prefix or --local-files-root (nothing is scored twice)."

@@ -6,6 +6,7 @@ import glob
 import os
 import posixpath
 import re
+import stat
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import takewhile
@@ -185,10 +186,14 @@ def _of_source(source: str) -> Iterator[SourceImage]:
 
 
 def _filesystem(url: str) -> tuple[Any, str]:
+    if "::" in url:  # of what is inside, fsspec tells names that do not lead there again
+        raise BadRequest(f"{without_password(url)} leads through an archive or cache: unpack it, and name the folder.")
     try:
         filesystem, path = fsspec.core.url_to_fs(url)
     except (ImportError, ValueError) as error:  # the message names the package to install, or the protocols known
         raise BadRequest(f"{without_password(url)} cannot be opened: {error}") from error
+    except Exception as error:  # some backends connect at once, and have exceptions of their own
+        raise BadRequest(f"{without_password(url)} cannot be opened: {type(error).__name__} {error}") from error
     return filesystem, str(path)
 
 
@@ -230,6 +235,8 @@ def _local(path: str) -> SourceImage:
         known = os.stat(path)
     except (OSError, ValueError):  # gone, a broken link, or a name that can not be one
         return SourceImage(path, path, missing=True)
+    if not stat.S_ISREG(known.st_mode):  # to read a pipe would be to wait for ever
+        return SourceImage(path, path, missing=True)
     return SourceImage(path, path, f"{known.st_size} {known.st_mtime_ns}", known.st_size)
 
 
@@ -262,6 +269,8 @@ def _listed_url(url: str) -> SourceImage:
     except FileNotFoundError:
         known_as = filesystem.unstrip_protocol(path)
         return SourceImage(known_as, known_as, missing=True)
+    except Exception as error:  # each of fsspec's backends has exceptions of its own
+        raise BadRequest(f"{without_password(url)} cannot be looked up: {type(error).__name__} {error}") from error
 
 
 def _of_remote(filesystem: Any, path: str, source: str) -> Iterable[SourceImage]:

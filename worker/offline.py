@@ -23,7 +23,7 @@ from strategies.uncertainty import MEASURES
 from worker.arms import parse_arms
 from worker.boxes import LOWEST_THRESHOLD, LabelMap
 from worker.descriptor import DESCRIPTOR_NAME
-from worker.errors import BadRequest, ImageUnusable, LabelMismatch
+from worker.errors import BadRequest, ImageUnusable, LabelConfigUnsupported, LabelMismatch
 from worker.image_sources import ImageAway, ImageReader, SourceImage, check_references, find_images, printable
 from worker.looking import FETCHERS, Look, Opened, look_at, opened_ahead
 from worker.offline_scores import PART_IMAGES, ImageRow, PartStore, ScoreTable, folder_of_one, identity_of
@@ -35,7 +35,8 @@ if TYPE_CHECKING:
     from worker.detector import Detector
 
 STATE = ".state"  # in the results' folder: scores of earlier runs, exported weights, ultralytics' settings
-READ_HERE = ("confidence", "near_duplicate_threshold")  # project settings that have a meaning here, with uncertainty_*
+# project settings that have a meaning here, with uncertainty_*
+READ_HERE = ("confidence", "near_duplicate_threshold", "shapes")
 KEY_ROUND = 1  # of the random numbers
 
 Progress = Callable[[int, int], None]
@@ -66,9 +67,10 @@ class Request:
         Raises:
             BadRequest: an unknown strategy, option or setting, or a value that cannot be.
         """
-        strategy = self.strategy or _usual_strategy(len(self.weights))
+        given = self.strategy or _usual_strategy(len(self.weights))
+        strategy, _, with_it = given.partition(":")  # hybrid:alpha=0.5, as an arm of a simulation
         _check_strategy(strategy, len(self.weights))
-        written = ",".join(option.strip() for option in self.options)
+        written = ",".join(option.strip() for option in (with_it, *self.options) if option.strip())
         arm = parse_arms(f"{strategy}:{written}" if written else strategy)[0]
         for name in arm.overrides:
             if name not in READ_HERE and not name.startswith("uncertainty_"):
@@ -250,7 +252,11 @@ def _labels(request: Request, eyes: Eyes) -> tuple[LabelMap, dict[int, str]]:
         text = request.label_config.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise BadRequest(f"--label-config {request.label_config} cannot be read: {error}") from error
-    label_map = LabelMap.from_config(text, request.settings.shapes)
+    try:
+        label_map = LabelMap.from_config(text, request.settings.shapes)
+    except LabelConfigUnsupported as error:
+        here = " Here that is --option shapes=hull." if "extra params" in str(error) else ""
+        raise LabelConfigUnsupported(f"--label-config {request.label_config}: {error}{here}") from error
     return label_map, label_map.classes_for(eyes.names) if eyes.names else {}
 
 
@@ -352,6 +358,8 @@ def _notes(request: Request, batch: Batch, at_random: Sequence[int], table: Scor
     usable = int(table.usable[:n_pool].sum())
     if len(batch.task_ids) < request.k:
         yield f"{request.k} images were asked for, and {usable} can be ranked: all of them are chosen."
+    if request.with_random and not at_random:
+        yield "No image is left for the random list: there is nothing to compare with. Lower --k."
     elif request.with_random and len(at_random) < request.k:
         yield f"Only {len(at_random)} images are left for the random list: the pool has {usable}."
     name = request.settings.strategy

@@ -57,11 +57,12 @@ def write_results(ranking: Ranking, reader: ImageReader) -> list[Path]:
     files = {
         SHEET: contact_sheet(ranking, chosen, reader).encode(),
         TASKS: _as_json(label_studio_tasks(ranking, chosen)),
-        CONFIG: label_config(ranking).encode(),
         MANIFEST: _as_json(manifest(ranking, chosen)),
         TABLE: table(ranking),
         TOP: _text_list(chosen),
     }
+    if ranking.label_map.labels:  # else nothing is known that could be drawn
+        files[CONFIG] = label_config(ranking).encode()
     if ranking.request.with_random:
         files |= {RANDOM: _text_list(at_random), RANDOM_TASKS: _as_json(label_studio_tasks(ranking, at_random))}
     out = ranking.request.out
@@ -70,7 +71,7 @@ def write_results(ranking: Ranking, reader: ImageReader) -> list[Path]:
         for name, content in files.items():
             folder.put(name, content)
             (out / name).chmod(0o644)  # results are for colleagues and web servers too
-        for name in {RANDOM, RANDOM_TASKS} - files.keys():
+        for name in {RANDOM, RANDOM_TASKS, CONFIG} - files.keys():
             (out / name).unlink(missing_ok=True)  # random images of another ranking need not be disjoint from this one
     except OSError as error:
         raise HardfirstError(f"The results cannot be written to {out}: {error}") from error

@@ -82,4 +82,8 @@ def _diversity_words(strategy: str, diversity: float | None, any_labelled: bool)
         if strategy not in _BY_LABELLED:
             return "unlike the images around it"
         return "unlike anything labelled or chosen before" if any_labelled else "unlike anything chosen before"
-    return "" if diversity >= LOW else "a typical image"
+    if diversity >= LOW:
+        return ""
+    if strategy in _BY_LABELLED:
+        return "much like one that is labelled or was chosen before" if any_labelled else "much like one chosen before"
+    return "a typical image"

@@ -27,6 +27,7 @@ def task(*scores: float, label: str = "wire", **values: Any) -> BatchTask:
         ("coverage", task(uncertainty=None, diversity=0.8), "unlike anything labelled or chosen before"),
         ("hybrid", task(), "no box is sure enough to be drawn, but something may be there"),
         ("hybrid", task(0.9, uncertainty=0.1, diversity=0.1), "the detector is rather sure of it; a typical image"),
+        ("k_center", task(uncertainty=None, diversity=0.1), "much like one that is labelled or was chosen before"),
         ("committee", task(0.6, uncertainty=0.9), "the committee's members disagree"),
         ("random", task(0.6), "drawn at random"),
         ("hybrid_k_center", task(0.9, 0.41), "least sure box: wire .41"),

@@ -19,11 +19,12 @@ import polars
 import pytest
 from PIL import Image
 
+from backend.score_command import summary
 from demo.factory import render
 from strategies import STRATEGIES
 from worker import offline
 from worker.detector import Detector, sha256_of
-from worker.errors import BadRequest, Conflict, LabelMismatch, WeightsUnavailable
+from worker.errors import BadRequest, Conflict, LabelConfigUnsupported, LabelMismatch, WeightsUnavailable
 from worker.image_sources import ImageReader, check_references, find_images, printable, reference_of
 from worker.offline import Request, rank
 from worker.offline_results import write_results
@@ -138,6 +139,13 @@ def test_the_same_images_named_in_another_way_give_the_same_answer(run: Run, fol
         assert other.fresh == 0  # an image is known by its path, whoever names it
 
 
+def test_a_strategy_may_be_written_as_an_arm_of_a_simulation(folder: Path) -> None:
+    asked = Request((str(folder),), (Path("a.pt"),), strategy="hybrid:alpha=0.5,threshold=0.1", options=("beta=0.25",))
+    assert asked.settings.strategy == "hybrid"
+    assert asked.settings.strategy_options == {"alpha": 0.5, "beta": 0.25}
+    assert asked.settings.uncertainty_threshold == 0.1
+
+
 def test_options_reach_the_strategy_and_the_reading(run: Run) -> None:
     by_doubt = run(strategy="hybrid", options=("alpha=1", "beta=0", "near_duplicate_threshold=0.999999"))
     for position, utility in by_doubt.batch.utilities.items():
@@ -175,7 +183,11 @@ def test_more_than_there_is(run: Run) -> None:
     ranking = run(k=20, with_random=True)
     assert len(ranking.top) == 12
     assert ranking.at_random == []
-    assert ranking.notes == ["20 images were asked for, and 12 can be ranked: all of them are chosen."]
+    assert ranking.notes == [
+        "20 images were asked for, and 12 can be ranked: all of them are chosen.",
+        "No image is left for the random list: there is nothing to compare with. Lower --k.",
+    ]
+    assert "Next: label these 12, retrain." in list(summary(ranking, []))
     assert run(k=8, with_random=True).notes == ["Only 4 images are left for the random list: the pool has 12."]
 
 
@@ -233,6 +245,7 @@ def test_without_weights_diversity_alone_and_it_says_so(run: Run) -> None:
     assert "uncertainty" not in told["images"][0]["parts"]
     tasks = json.loads((out / "label_studio.json").read_text())
     assert [task["predictions"][0]["result"] for task in tasks] == [[]] * 4
+    assert not (out / "label_config.xml").exists()  # there is no label that it could name
     assert polars.read_parquet(out / "scores.parquet")["least_confidence"].null_count() == 12
     with pytest.raises(BadRequest, match="nothing is known without --weights"):
         run(weights=(), strategy="entropy")
@@ -480,6 +493,33 @@ def test_sources_that_name_no_image(tmp_path: Path, folder: Path) -> None:
         find_images(["gopher://host/pool"])
 
 
+def test_what_cannot_be_looked_up_is_refused_with_its_address(tmp_path: Path) -> None:
+    for url in ("ftp://127.0.0.1:1/pool", "ftp://127.0.0.1:1/pool/a.jpg"):
+        (tmp_path / "list.txt").write_text(f"{url}\n")
+        for source in (url, str(tmp_path / "list.txt")):
+            with pytest.raises(BadRequest, match=f"{url} cannot be opened: ConnectionRefusedError"):
+                find_images([source])
+    with pytest.raises(BadRequest, match="leads through an archive or cache"):
+        find_images(["zip://pool::/data/pool.zip"])
+
+
+def test_a_listed_url_that_is_refused_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "list.txt").write_text("memory://pool/a.jpg\n")
+
+    def refuse(*_: object) -> None:
+        raise PermissionError("no credentials")
+
+    monkeypatch.setattr(fsspec.get_filesystem_class("memory"), "info", refuse)
+    with pytest.raises(BadRequest, match=r"memory://pool/a\.jpg cannot be looked up: PermissionError no credentials"):
+        find_images([str(tmp_path / "list.txt")])
+
+
+def test_a_pipe_is_not_waited_for(run: Run, folder: Path) -> None:
+    os.mkfifo(folder / "day" / "camera.jpg")
+    ranking = run(k=2)
+    assert [names(ranking, [at]) for at in ranking.pool_problems] == [["day/camera.jpg"]]
+
+
 def test_links_that_form_a_circle_end(folder: Path) -> None:
     (folder / "day" / "up").symlink_to(folder)
     assert len(find_images([str(folder)])) == 12
@@ -533,6 +573,20 @@ def test_a_projects_own_label_config_names_labels_and_key(run: Run, tmp_path: Pa
     assert (out / "label_config.xml").read_text() == config.read_text()
     with pytest.raises(BadRequest, match="cannot be read"):
         run(label_config=tmp_path / "no.xml")
+
+
+def test_a_project_of_polygons_gets_polygons_where_that_is_asked_for(run: Run, tmp_path: Path) -> None:
+    config = tmp_path / "config.xml"
+    config.write_text(
+        '<View><Image name="image" value="$image"/><PolygonLabels name="part" toName="image">'
+        '<Label value="bolt"/></PolygonLabels></View>'
+    )
+    with pytest.raises(LabelConfigUnsupported, match="--option shapes=hull"):
+        run(label_config=config)
+    _, out = results(run(label_config=config, k=12, options=("shapes=hull",)))
+    tasks = json.loads((out / "label_studio.json").read_text())
+    regions = [region for task in tasks for region in task["predictions"][0]["result"]]
+    assert {region["type"] for region in regions} == {"polygonlabels"}
 
 
 def test_references_that_label_studio_can_open(folder: Path, tmp_path: Path) -> None:
