@@ -22,7 +22,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, Protocol
 
-from worker.errors import Conflict, HardfirstError, TrainingFailed
+from worker.errors import BadRequest, Conflict, HardfirstError, TrainingFailed
 from worker.processes import die_with_parent
 from worker.simulate import Bench, Plan, Step
 
@@ -125,8 +125,12 @@ def run_plan(plan: Plan, jobs: int, watcher: Watcher, on_step: Callable[[Bench],
 
 @contextmanager
 def _only_one(folder: Path) -> Iterator[None]:
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "simulate.lock").open("a+") as handle:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / "simulate.lock").open("a+")
+    except OSError as error:
+        raise BadRequest(f"--out {folder} cannot be written: {error.strerror}") from error
+    with lock as handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

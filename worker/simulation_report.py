@@ -28,6 +28,8 @@ PALETTE = ("#0b6fa4", "#d1495b", "#2e8b57", "#b8860b", "#7b4fa3", "#008b8b", "#c
 BASELINE = "#222222"
 NOISE = ("#9aa0a6", "#c0a98f", "#8fa9c0")  # the baseline's other draws
 DPI = 130
+LEARNED = 0.01  # mAP50 below which arms differ by chance alone
+FIGURES = ("curves", "differences", "rare", "batches")
 CONTACT_COLUMNS, CONTACT_IMAGES, CONTACT_SIDE = 8, 24, 150  # pixels
 BOX_COLOURS = ("#ffd400", "#00e5ff", "#ff4d94", "#7cff4d", "#ff8a1f", "#b388ff", "#ffffff", "#4d7cff")
 
@@ -44,6 +46,8 @@ def write_report(bench: Bench, failures: Mapping[str, str]) -> Path:
     results["comparison"] = compare(results, bench.arrays)
     write_json(out / "results.json", results)
     figures = draw(results)
+    for old in (*(out / f"{name}.png" for name in FIGURES), *out.glob("contact-*.png")):
+        old.unlink(missing_ok=True)  # of arms and classes that an earlier run had
     for name, content in figures.items():
         write_bytes(out / f"{name}.png", content)
     sheets = contact_sheets(bench, results)
@@ -66,7 +70,7 @@ def render(results: Json, figures: Mapping[str, bytes], sheets: Mapping[str, byt
         loader=FileSystemLoader(Path(__file__).parent / "templates"), autoescape=True, trim_blocks=True,
         lstrip_blocks=True,
     )  # fmt: skip
-    environment.filters |= {"row": lambda values: " · ".join(_count(value) for value in values)}
+    environment.filters |= {"row": lambda values: " · ".join(_mean_count(value) for value in values)}
     environment.filters |= {"signed": _signed, "points": _points, "count": _count, "duration": _duration}
     return environment.get_template("simulation.html").render(
         results=results,
@@ -89,6 +93,11 @@ def headline(results: Json) -> list[str]:
     real = {label: found for label, found in areas.items() if label not in noise}
     if not real:
         return ["There is no arm yet that can be compared."]
+    if highest_map50(results) < LEARNED:
+        return [
+            f"Nothing was learned: no arm came to an mAP50 of {LEARNED}, so nothing can be compared. Give it more "
+            "--epochs, a larger --imgsz or --seed-size, or better --weights."
+        ]
     best = max(real, key=lambda label: real[label]["difference"])
     found, saved = real[best], comparison["labels_saved"][best]
     gain = round(found["difference"] * 100, 1)
@@ -109,6 +118,10 @@ def headline(results: Json) -> list[str]:
     if len(real) > 1:
         said.append("The best of several was picked after seeing them all, which flatters it: prove it on other seeds.")
     return said
+
+
+def highest_map50(results: Json) -> float:
+    return max((one["map50"] for run in results["runs"] for one in run["rounds"]), default=0.0)
 
 
 def _noise_words(base: str, noise: Mapping[str, Json]) -> str:
@@ -172,6 +185,11 @@ def _points(value: float | None) -> str:
 
 def _count(value: float | None) -> str:
     return "–" if value is None else f"{value:.0f}"
+
+
+def _mean_count(value: float | None) -> str:
+    """Of a few seeds: half an image a batch is not none."""
+    return _count(value) if value is None or value >= 10 or value == round(value) else f"{value:.1f}"
 
 
 def _duration(seconds: float) -> str:

@@ -76,7 +76,7 @@ def _data(bench: Bench, rare: Sequence[str]) -> Json:
         "holdout_images": len(world.holdout),
         "images_per_class": world.images_per_class,
         "pool_like_holdout": world.holdout_alike,
-        "notes": list(world.notes),
+        "notes": [*world.notes, *_notes_on_pool(plan, len(world.pool))],
         "seed_set": plan.seed_set,
         "seed_size": plan.seed_size,
         "batch_size": plan.batch_size,
@@ -86,6 +86,14 @@ def _data(bench: Bench, rare: Sequence[str]) -> Json:
         "seconds_per_box": plan.seconds_per_box,
         "base_weights": bench.base_weights(plan.settings(plan.arms[0], plan.seeds[0]))[0].path,
     }
+
+
+def _notes_on_pool(plan: Plan, pool: int) -> list[str]:
+    """Whether there is anything left to choose from in each round."""
+    batches = math.ceil((pool - plan.seed_size) / plan.batch_size)
+    if batches > plan.rounds:
+        return []
+    return [f"Batch {batches} takes the rest of the pool of {pool}: from then on all arms have the same labels."]
 
 
 def _settings(plan: Plan, arm: Arm) -> Json:

@@ -80,7 +80,9 @@ def numbers(results: dict[str, Any]) -> list[dict[str, Any]]:
 
 @pytest.mark.slow
 def test_the_run_is_whole_and_told(played: Bench) -> None:
+    (played.plan.out / "contact-entropy.png").write_bytes(b"of an arm that an earlier run had")
     page = write_report(played, {})
+    assert not (played.plan.out / "contact-entropy.png").exists()
     results = json.loads((played.plan.out / "results.json").read_text())
     assert results["complete"]
     assert [len(run["rounds"]) for run in results["runs"]] == [3, 3]
@@ -298,6 +300,13 @@ def test_the_plan_is_refused_with_a_sentence(dataset: Path, tmp_path: Path) -> N
         with pytest.raises(BadRequest, match=sentence):  # noqa: PT012  either may refuse it, the first without images
             plan.check_arms()
             plan.check(world)
+
+
+def test_a_folder_that_cannot_be_written_is_refused(dataset: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for out in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(BadRequest, match=f"--out {out} cannot be written"):
+            run_plan(plan_of(dataset, out), 1, Silent(), lambda bench: None)
 
 
 def test_two_do_not_play_in_one_folder(dataset: Path, tmp_path: Path) -> None:

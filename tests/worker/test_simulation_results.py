@@ -15,6 +15,7 @@ from worker.simulate import Plan
 from worker.simulation_report import batch_table, draw, headline, render
 from worker.simulation_results import (
     _arm,
+    _notes_on_pool,
     _samples,
     area,
     compare,
@@ -213,6 +214,27 @@ def test_batches_are_told_one_by_one() -> None:
     assert rows["hybrid"]["rare_images"] == [1, 2]
     assert rows["hybrid"]["near_duplicates"] == [0, 1]
     assert rows["hybrid"]["tied"] == [7, 7]
+
+
+def test_half_an_image_a_batch_is_not_told_as_none() -> None:
+    found = results({"random": RANDOM, "hybrid": HYBRID})
+    found["runs"][-1]["rounds"][2]["batch"]["near_duplicates"] = []  # of one of two seeds
+    found["comparison"] = compare(found, None)
+    assert "<td>0 · 0.5</td>" in render(found, draw(found), {})
+
+
+def test_where_nothing_was_learned_no_arm_is_called_the_best() -> None:
+    found = results({"random": [[0.0, 0.001]], "random@2": [[0.0, 0.002]], "hybrid": [[0.0, 0.009]]})
+    found["comparison"] = compare(found, None)
+    (said,) = headline(found)
+    assert said.startswith("Nothing was learned: no arm came to an mAP50 of 0.01")
+
+
+def test_the_page_says_from_where_on_all_arms_have_the_same_labels(tmp_path: Path) -> None:
+    plan = Plan(tmp_path, tmp_path, (), (0,), rounds=3, batch_size=10, seed_size=10)
+    assert _notes_on_pool(plan, 41) == []  # one is left
+    assert _notes_on_pool(plan, 40)[0].startswith("Batch 3 takes the rest of the pool of 40")
+    assert _notes_on_pool(plan, 25)[0].startswith("Batch 2 takes")
 
 
 def test_the_page_holds_everything_and_trusts_nothing() -> None:
