@@ -189,6 +189,8 @@ def test_the_figures_in_the_text_are_those_of_the_results() -> None:
         for stage in ("leaders", "winner")
     )
     assert f"({100 * unlucky:.1f} at 450 labels; {100 * others:.1f} on the six others)" in words
+    (lucky,) = (row for row in found["foda/strategies"] if row["arm"] == "random@2")
+    assert f"`random@2`, lies {100 * lucky['area_gain']:.1f} points above it" in words
     last = views["foda/winner"]["comparison"]["differences"][dividend.DEFAULT][-1]
     behind, below, above = (f"{100 * value:.1f}" for value in (-last["mean"], last["low"], last["high"]))
     assert f"{behind} behind at 450 ({below} to {above})" in words
