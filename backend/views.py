@@ -18,6 +18,7 @@ from sqlalchemy import Connection, Row, func, select
 from worker import rounds as rules
 from worker.artifacts import sha256
 from worker.errors import LabelConfigUnsupported, SettingsInvalid
+from worker.evaluation import UNTAUGHT
 from worker.reuse import scored_so_far
 from worker.settings import ProjectSettings
 from worker.shapes import drawn_box
@@ -77,7 +78,6 @@ PHASE_WORDS: Mapping[Phase, str] = {
     "scoring": "scoring",
     "publishing": "publishing",
 }
-UNTAUGHT = 0.01  # mAP50 of a detector that has learned nothing yet
 VERDICT_WORDS = {
     "continue": "Continue labelling",
     "stop": "Time to stop",

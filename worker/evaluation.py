@@ -21,6 +21,7 @@ from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]  # n
 from worker.errors import ArtifactDamaged
 
 IOU_THRESHOLDS: NDArray[np.float32] = np.linspace(0.5, 0.95, 10, dtype=np.float32)
+UNTAUGHT = 0.01  # mAP50 of a detector that has learned nothing yet
 _RECALL_GRID = np.linspace(0, 1, 101)  # COCO's 101 points
 _SAMPLES_AT_ONCE = 250  # of a bootstrap: bounds its memory
 

@@ -28,6 +28,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -61,7 +62,17 @@ from worker.uncertainty import chances_missed, lowest_candidate, measures_of, re
 from worker.work import MEASURES
 
 FORMAT = 2  # of the files in the cache: raise it when a step means something else
-TRAINS, LOOKS, CHOOSES = ("ultralytics", "torch"), ("openvino",), ("numpy", "scikit-learn")  # packages
+# Kind of file in the cache -> packages, beside those of the files it is made of, another version of which may make it
+# otherwise: it is made anew then, so that no curve is of two versions.
+MADE_BY: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "seed": ("ultralytics", "torch", "numpy", "scikit-learn"),
+        "train": ("ultralytics", "torch"),
+        "evaluation": ("openvino",),
+        "scores": ("openvino",),
+        "batch": ("numpy", "scikit-learn"),
+    }
+)
 SEED_SETS = ("random", "diverse")
 SEED_PROJECT = 0  # in place of a project's id in the random numbers of the seed set; arms have their `draw`
 
@@ -251,7 +262,7 @@ class Bench:
         settings = self._seed_settings(seed)
         base, fingerprint = self.base_weights(settings)
         chosen = (self.world.pool_fingerprint, settings.imgsz, self.plan.seed_size, seed)
-        key = _key("seed", fingerprint, *chosen, _versions(*TRAINS, *CHOOSES), self.plan.device)
+        key = _key("seed", fingerprint, *chosen, self.plan.device)
         file = self.cache / "seed" / f"{key}.json"
         if (found := read_json(file)) is None:
             embeddings = self._base_embeddings(base, settings)
@@ -295,8 +306,7 @@ class Training:
         chosen = {name: getattr(self.settings, name) for name in (*names, "freeze", "seed")}
         chosen["mixup"] = self.settings.mixup_in(self.number)
         images = [picture.fingerprint for picture in self.labelled]
-        made_by = [*_versions(*TRAINS), self.bench.plan.device]
-        return _key("train", start, chosen, self.bench.world.names, images, made_by)
+        return _key("train", start, chosen, self.bench.world.names, images, self.bench.plan.device)
 
     @property
     def weights_file(self) -> Path:
@@ -360,8 +370,7 @@ class Training:
 
     @property
     def evaluation_key(self) -> str:
-        seen = (self.bench.world.holdout_fingerprint, self.settings.imgsz)
-        return _key("evaluation", self.key, *seen, _versions(*LOOKS))
+        return _key("evaluation", self.key, self.bench.world.holdout_fingerprint, self.settings.imgsz)
 
     @property
     def arrays_file(self) -> Path:
@@ -427,7 +436,7 @@ class Choice:
         reading = reading_of(settings, boxes_per_class, self.training.evaluation_key)
         members = [member.key for member in self.members]
         seen = (settings.imgsz, settings.confidence, self.bench.world.pool_fingerprint)
-        return _key("scores", self.training.key, members, reading, *seen, _versions(*LOOKS))
+        return _key("scores", self.training.key, members, reading, *seen)
 
     def _file(self) -> Path:
         """Where the batch is kept; the name needs the training to be done only where class weights are used."""
@@ -436,8 +445,7 @@ class Choice:
         scores = self._scores_key(self._boxes_per_class()) if self._needs_scores else self.training.key
         chosen = (settings.batch_size, settings.seed, settings.near_duplicate_threshold)
         place = (self.arm.draw, self.training.number, self.bench.world.pool_fingerprint)
-        key = _key("batch", scores, self.arm.strategy, options, chosen, place, _versions(*CHOOSES))
-        return self.bench.cache / "batch" / f"{key}.json"
+        return self.bench.cache / "batch" / f"{_key('batch', scores, self.arm.strategy, options, chosen, place)}.json"
 
     def _boxes_per_class(self) -> Mapping[str, int]:
         """Labelled boxes that the model was trained on."""
@@ -549,14 +557,10 @@ def _opened(pictures: Sequence[Picture]) -> Iterator[Any]:
 # --- files ----------------------------------------------------------------------------------------------------------
 
 
-def _versions(*packages: str) -> list[str]:
-    """What another version of may compute otherwise is computed anew: no curve is of two versions."""
-    return [version(name) for name in packages]
-
-
 def _key(kind: str, *parts: Any) -> str:
     """Name of what depends on these."""
-    text = json.dumps([FORMAT, kind, *parts], sort_keys=True, separators=(",", ":"))
+    versions = [version(name) for name in MADE_BY[kind]]
+    text = json.dumps([FORMAT, kind, versions, *parts], sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:24]
 
 

@@ -15,6 +15,7 @@ from jinja2 import Environment, FileSystemLoader
 from PIL import Image, ImageDraw
 
 from worker.boxes import yolo_to_xyxy
+from worker.evaluation import UNTAUGHT
 from worker.images import decode_image
 from worker.simulate import Bench, Step, write_bytes, write_json
 from worker.simulation_results import Json, collect, compare, rounds_of
@@ -28,8 +29,6 @@ PALETTE = ("#0b6fa4", "#d1495b", "#2e8b57", "#b8860b", "#7b4fa3", "#008b8b", "#c
 BASELINE = "#222222"
 NOISE = ("#9aa0a6", "#c0a98f", "#8fa9c0")  # the baseline's other draws
 DPI = 130
-LEARNED = 0.01  # mAP50 below which arms differ by chance alone
-FIGURES = ("curves", "differences", "rare", "batches")
 CONTACT_COLUMNS, CONTACT_IMAGES, CONTACT_SIDE = 8, 24, 150  # pixels
 BOX_COLOURS = ("#ffd400", "#00e5ff", "#ff4d94", "#7cff4d", "#ff8a1f", "#b388ff", "#ffffff", "#4d7cff")
 
@@ -46,8 +45,8 @@ def write_report(bench: Bench, failures: Mapping[str, str]) -> Path:
     results["comparison"] = compare(results, bench.arrays)
     write_json(out / "results.json", results)
     figures = draw(results)
-    for old in (*(out / f"{name}.png" for name in FIGURES), *out.glob("contact-*.png")):
-        old.unlink(missing_ok=True)  # of arms and classes that an earlier run had
+    for old in (out / "rare.png", *out.glob("contact-*.png")):
+        old.unlink(missing_ok=True)  # an earlier run may have had other arms, and rare classes
     for name, content in figures.items():
         write_bytes(out / f"{name}.png", content)
     sheets = contact_sheets(bench, results)
@@ -93,9 +92,9 @@ def headline(results: Json) -> list[str]:
     real = {label: found for label, found in areas.items() if label not in noise}
     if not real:
         return ["There is no arm yet that can be compared."]
-    if highest_map50(results) < LEARNED:
+    if highest_map50(results) < UNTAUGHT:
         return [
-            f"Nothing was learned: no arm came to an mAP50 of {LEARNED}, so nothing can be compared. Give it more "
+            f"Nothing was learned: no arm came to an mAP50 of {UNTAUGHT}, so nothing can be compared. Give it more "
             "--epochs, a larger --imgsz or --seed-size, or better --weights."
         ]
     best = max(real, key=lambda label: real[label]["difference"])

@@ -23,13 +23,13 @@ from strategies.options import validate_options
 from worker.arms import Arm
 from worker.composition import contents, mean_ap50, rare_names
 from worker.evaluation import EvaluationArrays, bootstrap_map50
-from worker.simulate import CHOOSES, LOOKS, TRAINS, Bench, Plan, Step
+from worker.simulate import MADE_BY, Bench, Plan, Step
 from worker.simulation_world import World
 from worker.uncertainty import said_in_full
 
 LEVEL = 0.95
 SAMPLES = 500  # of the holdout's images
-PACKAGES = (*CHOOSES, *TRAINS, *LOOKS)
+PACKAGES = sorted({name for names in MADE_BY.values() for name in names})
 
 Json = dict[str, Any]
 Vector = NDArray[np.float64]

@@ -161,7 +161,7 @@ def read_world(data_yaml: Path, cache: Path, progress: Progress | None = None) -
         holdout=pictures(kept_holdout, holdout),
         descriptors=descriptors,
         notes=tuple(notes),
-        holdout_alike=_count_alike(descriptors, against),
+        holdout_alike=count_alike(descriptors, against),
     )
 
 
@@ -175,7 +175,8 @@ def _check_boxes(data_yaml: Path, holdout: Sequence[TrueImage]) -> None:
         )
 
 
-def _count_alike(rows: NDArray[np.float32], others: NDArray[np.float32]) -> int:
+def count_alike(rows: NDArray[np.float32], others: NDArray[np.float32]) -> int:
+    """How many rows look like one of the others. Both of descriptors."""
     blocks = (rows[start : start + 1024] for start in range(0, len(rows), 1024))  # bounds the memory
     return sum(int((block @ others.T > LOOK_ALIKE).any(axis=1).sum()) for block in blocks)
 

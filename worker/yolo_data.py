@@ -65,8 +65,8 @@ def read_dataset(data_yaml: Path) -> Dataset:
 
 def _read_yaml(data_yaml: Path) -> Mapping[str, Any]:
     try:
-        content = yaml.safe_load(data_yaml.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        content = yaml.safe_load(_read_text(data_yaml))
+    except yaml.YAMLError as error:
         raise BadRequest(f"{data_yaml} cannot be read: {error}") from error
     if not isinstance(content, Mapping):
         raise BadRequest(f"{data_yaml} is not a data.yaml: it must map train, val and names")

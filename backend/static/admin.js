@@ -75,19 +75,18 @@ function showBanners(sentences) {
     return banner;
   });
   const holder = byId("banners");
-  const same = holder.textContent.replace(/\s+/g, "") === banners.map((one) => one.textContent).join("").replace(/\s+/g, "");
-  if (!same) holder.replaceChildren(...banners);
+  if (wordsOf(holder.children) !== wordsOf(banners)) holder.replaceChildren(...banners);
   announceBanners();
 }
 
-const bannerWords = () => [...byId("banners").children].map((one) => one.textContent.trim()).join(" ");
-let wordsRead = byId("banners") ? bannerWords() : ""; // what the page came with is read with it
+const wordsOf = (elements) => [...elements].map((one) => one.textContent.trim()).join(" ");
+let wordsRead = wordsOf(byId("banners")?.children || []); // what the page came with is read with it
 
 // A status region of its own: one that is replaced with its section is not read out.
 function announceBanners() {
-  if (!byId("banners") || bannerWords() === wordsRead) return;
-  wordsRead = bannerWords();
-  setText("banners-announce", wordsRead);
+  const words = wordsOf(byId("banners")?.children || []);
+  if (words !== wordsRead) setText("banners-announce", words);
+  wordsRead = words;
 }
 
 // --- fetching the page again -----------------------------------------------------------------------------------------

@@ -16,8 +16,7 @@
   // A status region outside of the section: one that is replaced is not read out.
   function announce() {
     const words = section().dataset.state === "running" ? "Checking" : "The check-up is over";
-    const region = document.getElementById("doctor-announce");
-    if (region.textContent !== words) region.textContent = words;
+    setText("doctor-announce", words);
   }
 
   async function follow() {

@@ -29,6 +29,7 @@ README = HERE / "README.md"
 FRONT_PAGE = HERE.parent.parent / "README.md"
 FRONT = "factory/winner"  # what is told on it
 PICTURES = ("curves", "rare")
+DIAGNOSES = ("diagnosis", "labelled")  # modules that say why
 KINDS = ("common", "rare")  # classes
 DEFAULT = "hybrid_k_center"  # what a project gets that sets nothing
 LEADERS = f"random,random@2,{DEFAULT},hybrid,k_center,hybrid_coverage"
@@ -305,15 +306,18 @@ def all_tables(found: Mapping[str, Sequence[Json]]) -> dict[str, list[str]]:
 
 
 def _diagnoses(folder: Path) -> Iterator[tuple[str, dict[str, list[Json]]]]:
-    """(part, number of labels -> its rows), of what the modules diagnosis and labelled kept there."""
-    file = folder / "diagnosis.json"
-    if file.exists():
-        rounds = json.loads(file.read_text(encoding="utf-8"))
-        for part in next(iter(rounds.values())):
-            yield part, {labels: parts[part] for labels, parts in rounds.items()}
-    file = folder / "labelled.json"
-    if file.exists():
-        yield "labelled", json.loads(file.read_text(encoding="utf-8"))
+    """(part, number of labels -> its rows), of what was kept there."""
+    for file in (folder / f"{module}.json" for module in DIAGNOSES):
+        if file.exists():
+            rounds = json.loads(file.read_text(encoding="utf-8"))
+            for part in next(iter(rounds.values())):
+                yield part, {labels: parts[part] for labels, parts in rounds.items()}
+
+
+def keep_tables(module: str, pool: str, rounds: Mapping[str, Mapping[str, Sequence[Json]]]) -> None:
+    """Number of labels -> part -> rows, beside the pool's results."""
+    (HERE / pool).mkdir(exist_ok=True)
+    (HERE / pool / f"{module}.json").write_text(json.dumps(rounds, indent=1) + "\n", encoding="utf-8")
 
 
 def side_by_side(rounds: Mapping[str, Sequence[Json]]) -> list[Json]:

@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import spearmanr
 
-from benchmarks.dividend import HERE, POOLS, markdown
+from benchmarks.dividend import POOLS, keep_tables, markdown
 from strategies.diversity import unit_rows
 from strategies.whitening import fit_whitening
 from worker.arms import parse_arms
@@ -96,14 +96,9 @@ class Seen:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="benchmarks.dividend.diagnosis", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--pool", choices=tuple(POOLS), required=True)
-    parser.add_argument("--data", type=Path, required=True, help="data.yaml of the pool")
-    parser.add_argument("--weights", required=True, help="base weights, as they were played")
-    parser.add_argument("--out", type=Path, required=True, help="folder of the simulation; `random` is played by then")
+    parser = parser_of("diagnosis", __doc__)
     parser.add_argument("--rounds", default="0,1", help="whose detectors (%(default)s); trained again where forgotten")
     parser.add_argument("--arms", default=ARMS, help="whose choice is shown (%(default)s)")
-    parser.add_argument("--keep", action="store_true", help="put what the tables are made of beside this file")
     parser.add_argument("--json", action="store_true", help="end with one JSON line: what the tables are made of")
     given = parser.parse_args(arguments)
     bench = Bench(plan_of(given))
@@ -119,11 +114,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"\n{given.pool}, {int(seen.labelled.sum())} labelled: {name}", *markdown(rows), sep="\n", flush=True)
         found[str(int(seen.labelled.sum()))] = tables
     if given.keep:
-        (HERE / given.pool).mkdir(exist_ok=True)
-        (HERE / given.pool / "diagnosis.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        keep_tables("diagnosis", given.pool, found)
     if given.json:
         print(json.dumps(found))
     return 0
+
+
+def parser_of(module: str, doc: str | None) -> argparse.ArgumentParser:
+    """What a module that reads a played simulation is told; `plan_of` needs `arms`, too."""
+    parser = argparse.ArgumentParser(prog=f"benchmarks.dividend.{module}", description=(doc or "").splitlines()[0])
+    parser.add_argument("--pool", choices=tuple(POOLS), required=True)
+    parser.add_argument("--data", type=Path, required=True, help="data.yaml of the pool")
+    parser.add_argument("--weights", required=True, help="base weights, as they were played")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the simulation; `random` is played by then")
+    parser.add_argument("--keep", action="store_true", help="put what the tables are made of beside this file")
+    return parser
 
 
 def plan_of(given: argparse.Namespace) -> Plan:

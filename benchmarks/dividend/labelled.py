@@ -8,21 +8,18 @@ of the pool are used for these tables only; no strategy sees them.
 
 from __future__ import annotations
 
-import argparse
-import json
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.dividend import HERE, PICTURED, POOLS, STAGES, markdown, side_by_side, views
-from benchmarks.dividend.diagnosis import plan_of
+from benchmarks.dividend import PICTURED, STAGES, keep_tables, markdown, side_by_side, views
+from benchmarks.dividend.diagnosis import parser_of, plan_of
 from worker.evaluation import EvaluationArrays
 from worker.simulate import Bench
 from worker.simulation_results import rounds_of
-from worker.simulation_world import LOOK_ALIKE, Picture, World
+from worker.simulation_world import Picture, World, count_alike
 
 SIZES = ("small", "medium", "large")
 SURE = 0.1  # confidence from which on a box counts as found: where the default's uncertainty begins
@@ -32,23 +29,18 @@ Arrays = Callable[[str], EvaluationArrays]  # by the key of a measurement
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="benchmarks.dividend.labelled", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--pool", choices=tuple(POOLS), required=True)
-    parser.add_argument("--data", type=Path, required=True, help="data.yaml of the pool")
-    parser.add_argument("--weights", required=True, help="base weights, as they were played")
-    parser.add_argument("--out", type=Path, required=True, help="folder of the simulation")
+    parser = parser_of("labelled", __doc__)
+    parser.set_defaults(arms="random")  # of the plan: the images are the same for all
     parser.add_argument("--stage", choices=tuple(STAGES), default=PICTURED, help="whose arms and seeds (%(default)s)")
-    parser.add_argument("--keep", action="store_true", help="put what the table is made of beside this file")
     given = parser.parse_args(arguments)
     found = [results for pool, stage, results in views() if (pool, stage) == (given.pool, given.stage)]
     if not found:
         raise SystemExit(f"nothing of {given.pool}/{given.stage} is played to the end: benchmarks.dividend --play")
-    given.arms = "random"  # of the plan: the images are the same for all
     bench = Bench(plan_of(given))
     rounds = tables_of(found[0], bench.world, bench.arrays)
     print(*markdown(side_by_side(rounds)), sep="\n")
     if given.keep:
-        (HERE / given.pool / "labelled.json").write_text(json.dumps(rounds, indent=1) + "\n", encoding="utf-8")
+        keep_tables("labelled", given.pool, {labels: {"labelled": rows} for labels, rows in rounds.items()})
     return 0
 
 
@@ -86,7 +78,7 @@ def labelled(results: Row, number: int, world: World, arrays: Arrays) -> list[Ro
 
 def covered(descriptors: NDArray[np.float32], rows: Sequence[int]) -> float:
     """Share of all that one of these rows is, or looks like."""
-    return float((descriptors @ descriptors[list(rows)].T > LOOK_ALIKE).any(axis=1).mean())
+    return count_alike(descriptors, descriptors[list(rows)]) / len(descriptors)
 
 
 def thirds_by_size(holdout: Sequence[Picture]) -> Mapping[int, int]:
